@@ -1,0 +1,81 @@
+"""One step of the model: tokens in, logits out, cache updated.
+
+Knows the whole forward pass, and that prefill, chunks of prefill, decode and mixtures of them are
+the same function of a ragged batch.
+"""
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from qwen_jax import sharding as sharding_lib
+from qwen_jax.model import text
+from qwen_jax.model.cache import KVCache, RaggedBatch
+from qwen_jax.model.norm import rms_norm
+from qwen_jax.runtime import Runtime
+from qwen_jax.weights import quant
+from qwen_jax.weights.config import ModelConfig
+from qwen_jax.weights.params import Weights
+
+
+@struct.dataclass
+class StepOut:
+    """What a step returns.
+
+    Attributes:
+        logits: float32 [B, V] of each row's last new token (meaningless for a row that brought
+            none), [T, V] of every token, or None.
+        cache: the updated cache.
+    """
+
+    logits: jax.Array | None
+    cache: KVCache
+
+
+def step(
+    params: Weights,
+    config: ModelConfig,
+    runtime: Runtime,
+    batch: RaggedBatch,
+    cache: KVCache,
+    *,
+    logits: Literal["last", "all", "none"] = "last",
+) -> StepOut:
+    """Runs new tokens through the model. Pure; `jit_step` is the jitted form.
+
+    Args:
+        params: the weights.
+        config, runtime: static.
+        batch: T new tokens of B rows.
+        cache: keys and values of what came before; donate it.
+        logits: of which tokens logits are wanted.
+
+    Source: transformers Qwen3MoeForCausalLM.forward.
+    """
+    x_TD = params.embed[batch.tokens].astype(runtime.dtype)
+    x_TD = sharding_lib.constrain(x_TD, "T D", runtime.mesh, runtime.rules)
+    x_TD, cache = text.decode(params.layers, x_TD, batch, cache, config.text, runtime)
+    if logits == "none":
+        return StepOut(None, cache)
+    if logits == "last":
+        x_TD = x_TD[jnp.maximum(batch.row_starts[1:] - 1, 0)]
+    return StepOut(unembed(params, x_TD, config, runtime), cache)
+
+
+def unembed(params: Weights, x_TD: jax.Array, config: ModelConfig, runtime: Runtime) -> jax.Array:
+    """Final norm and head: [T, D] -> float32 logits [T, V], whole on every device."""
+    normed = rms_norm(x_TD, params.norm, config.text.rms_norm_eps)
+    if params.head is None:
+        logits = jnp.einsum("TD,VD->TV", normed, params.embed, preferred_element_type=jnp.float32)
+    else:
+        head = quant.dequantize(params.head, normed.dtype)
+        logits = jnp.einsum("TD,DV->TV", normed, head, preferred_element_type=jnp.float32)
+    return sharding_lib.constrain(logits, ". .", runtime.mesh, runtime.rules)
+
+
+jit_step = partial(
+    jax.jit, static_argnames=("config", "runtime", "logits"), donate_argnames=("cache",)
+)(step)

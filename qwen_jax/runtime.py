@@ -1,0 +1,159 @@
+"""The machine a model runs on: mesh, sharding rules, kernels, dtypes, page size, shape buckets.
+
+Knows devices; knows no checkpoint. A `Runtime` is made once, is hashable, and is a static argument
+of every jitted function, so that no choice is made again while the model runs.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+import pallas_kernels.paged_attention
+import pallas_kernels.ragged_dot  # noqa: F401  (importing an op registers its implementations)
+from pallas_kernels import registry
+from qwen_jax import sharding as sharding_lib
+from qwen_jax.sharding import Rules
+
+log = logging.getLogger(__name__)
+
+OPS = ("ragged_dot", "paged_attention")
+KV_DTYPES = {
+    "bfloat16": jnp.bfloat16,
+    "float32": jnp.float32,
+    "fp8": jnp.float8_e4m3fn,
+    "int8": jnp.int8,
+}
+ACTIVATION_DTYPES = ("bfloat16", "float32")
+
+
+def ladder(smallest: int, largest: int) -> tuple[int, ...]:
+    """Powers of two from ``smallest`` up to, and including, ``largest``."""
+    steps = []
+    while smallest < largest:
+        steps.append(smallest)
+        smallest *= 2
+    return (*steps, largest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The shapes that reach the compiler: sizes are rounded up to the next bucket.
+
+    Attributes:
+        tokens: flat tokens of a prefill step.
+        rows: rows of a batch.
+        pages: pages of a row's page table.
+        new_tokens: tokens that one generate program can hold per row.
+    """
+
+    tokens: tuple[int, ...] = ladder(16, 8192)
+    rows: tuple[int, ...] = ladder(1, 256)
+    pages: tuple[int, ...] = ladder(4, 65536)
+    new_tokens: tuple[int, ...] = ladder(16, 262144)
+
+    def pick(self, kind: str, n: int) -> int:
+        """The smallest bucket of ``kind`` that holds ``n``.
+
+        Raises:
+            ValueError: ``n`` is larger than every bucket.
+        """
+        steps: tuple[int, ...] = getattr(self, kind)
+        for step in steps:
+            if n <= step:
+                return step
+        raise ValueError(f"{kind}={n:,} exceeds the largest bucket {steps[-1]:,}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """Everything about the machine that a compiled step depends on.
+
+    Attributes:
+        mesh: the devices.
+        rules: letter -> mesh axes.
+        kernels: (op, implementation) pairs.
+        dtype: of activations and unquantised weights.
+        kv_dtype: of the cache's pages.
+        page_size: token positions per page.
+        buckets: declared shapes.
+    """
+
+    mesh: Mesh
+    rules: Rules
+    kernels: tuple[tuple[str, str], ...]
+    dtype: str = "bfloat16"
+    kv_dtype: str = "bfloat16"
+    page_size: int = 64
+    buckets: Buckets = Buckets()
+
+    def kernel(self, op: str) -> str:
+        """The name of the implementation chosen for ``op``."""
+        return dict(self.kernels)[op]
+
+    @classmethod
+    def make(
+        cls,
+        *,
+        mesh: str | Mapping[str, int] | Mesh = "auto",
+        strategy: str | Rules = "auto",
+        dtype: str = "bfloat16",
+        kv_cache_dtype: str = "auto",
+        kernels: str | Mapping[str, str] = "auto",
+        page_size: int = 64,
+        buckets: Buckets | None = None,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> "Runtime":
+        """Resolves every "auto" once, and logs what was decided and why.
+
+        Raises:
+            ValueError: an unknown name, an impossible mesh, or a kernel that cannot run here.
+        """
+        mesh = sharding_lib.make_mesh(mesh, devices)
+        platform = mesh.devices.flat[0].platform
+        dtype = _activation_dtype(dtype, platform)
+        if kv_cache_dtype == "auto":
+            kv_cache_dtype = dtype
+        if kv_cache_dtype not in KV_DTYPES:
+            raise ValueError(
+                f"kv_cache_dtype={kv_cache_dtype!r} is unknown; use auto, {', '.join(KV_DTYPES)}"
+            )
+        if page_size < 1 or page_size & (page_size - 1):
+            raise ValueError(f"page_size={page_size} is not a power of two; use 16 to 256")
+        return cls(
+            mesh=mesh,
+            rules=sharding_lib.strategy(strategy),
+            kernels=_choose_kernels(kernels, platform),
+            dtype=dtype,
+            kv_dtype=kv_cache_dtype,
+            page_size=page_size,
+            buckets=buckets or Buckets(),
+        )
+
+
+def _activation_dtype(dtype: str, platform: str) -> str:
+    if dtype not in ACTIVATION_DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown; use one of {', '.join(ACTIVATION_DTYPES)}")
+    if platform == "cpu" and dtype == "bfloat16":
+        # Measured on two AVX2 cores: a bfloat16 matrix-vector product reads 1.2 GB/s, float32 29.
+        log.info("dtype: float32 instead of bfloat16, for which this CPU has no fast matmul")
+        return "float32"
+    return dtype
+
+
+def _choose_kernels(wanted: str | Mapping[str, str], platform: str) -> tuple[tuple[str, str], ...]:
+    table = dict.fromkeys(OPS, wanted) if isinstance(wanted, str) else dict(wanted)
+    unknown = sorted(set(table) - set(OPS))
+    if unknown:
+        raise ValueError(f"kernels: {unknown} are no ops; the ops are {', '.join(OPS)}")
+    chosen = []
+    for op in OPS:
+        choice = registry.choose(op, table.get(op, "auto"), platform)
+        for name, reason in choice.reasons.items():
+            log.info("%s: not %s: %s", op, name, reason)
+        log.info("%s: %s", op, choice.name)
+        chosen.append((op, choice.name))
+    return tuple(chosen)

@@ -1,0 +1,204 @@
+"""Sharding as data: a strategy is a mapping from dimension letters to mesh axes.
+
+Knows letters, sizes and meshes; knows no weight and no model. To try another strategy, write
+another mapping:
+
+    rules = Rules.of(E="expert", N="tensor", K="tensor", I="tensor", V="tensor")
+
+Each letter of a dims string is looked up on its own, so one mapping shards weights, activations and
+cache alike. A size that does not divide, or a mesh axis used twice in one array, raises with the
+letter and the numbers: nothing is replicated without being asked to be, with one stated exception,
+`replicate_kv`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from qwen_jax import dims as dims_lib
+
+AXES = ("data", "expert", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Letter -> mesh axes; a letter without an entry is replicated. Hashable, so jit can see it."""
+
+    table: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    @classmethod
+    def of(cls, mapping: Mapping[str, str | Sequence[str]] | None = None, **letters) -> "Rules":
+        """``Rules.of(E="expert", V=("data", "tensor"))``; a mapping works too."""
+        merged = {**(mapping or {}), **letters}
+        for letter in merged:
+            dims_lib.parse(letter)
+        as_tuple = {k: (v,) if isinstance(v, str) else tuple(v) for k, v in merged.items()}
+        return cls(tuple(sorted((k, v) for k, v in as_tuple.items() if v)))
+
+    def axes(self, letter: str) -> tuple[str, ...]:
+        """The mesh axes that ``letter`` is split over."""
+        return dict(self.table).get(letter, ())
+
+    def replicate(self, *letters: str) -> "Rules":
+        """These rules with some letters replicated."""
+        return Rules(tuple((k, v) for k, v in self.table if k not in letters))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{k}->{'+'.join(v)}" for k, v in self.table) or "all replicated"
+
+
+STRATEGIES: Mapping[str, Rules] = {
+    "replicated": Rules(),
+    "tp": Rules.of(N="tensor", K="tensor", I="tensor", F="tensor", V="tensor"),
+    "ep": Rules.of(E="expert"),
+    "ep+tp": Rules.of(E="expert", N="tensor", K="tensor", I="tensor", F="tensor", V="tensor"),
+    # Attention and head use every device as tensor parallelism, experts use them all as experts.
+    "tp-attention+ep": Rules.of(
+        E=("expert", "tensor"), N=("expert", "tensor"), K=("expert", "tensor"), V="tensor"
+    ),
+}
+
+
+def make_mesh(spec: "str | Mapping[str, int] | Mesh" = "auto", devices=None) -> Mesh:
+    """A mesh with the axes data, expert, tensor (those not named have size 1), axis types Auto.
+
+    Args:
+        spec: ``"auto"`` (every device on the expert axis), ``"expert=4,tensor=2"``, a mapping, or
+            a ready mesh, which is returned as it is.
+        devices: the devices to use, in order; default `jax.devices()`.
+
+    Raises:
+        ValueError: an axis is unknown or its size is no positive integer, or the product is not
+            the number of devices.
+    """
+    if isinstance(spec, Mesh):
+        return spec
+    devices = list(jax.devices() if devices is None else devices)
+    if spec == "auto":
+        spec = {"expert": len(devices)}
+    if isinstance(spec, str):
+        pairs = [part.partition("=") for part in spec.split(",") if part.strip()]
+        spec = {name.strip(): int(n) if n.strip().isdigit() else -1 for name, _, n in pairs}
+    for name, size in spec.items():
+        if name not in AXES or size < 1:
+            raise ValueError(
+                f"mesh axis {name}={size}: use positive sizes of {', '.join(AXES)}, "
+                'for example "expert=4,tensor=2"'
+            )
+    sizes = [spec.get(axis, 1) for axis in AXES]
+    if math.prod(sizes) > len(devices):
+        raise ValueError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} devices, "
+            f"{len(devices)} are here"
+        )
+    grid = np.array(devices[: math.prod(sizes)]).reshape(sizes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def strategy(name: "str | Rules") -> Rules:
+    """The rules of a named strategy; ``"auto"`` is ``"ep+tp"``, right for every mesh above."""
+    if isinstance(name, Rules):
+        return name
+    if name == "auto":
+        name = "ep+tp"
+    if name not in STRATEGIES:
+        raise ValueError(f"strategy {name!r} is unknown; named ones: auto, {', '.join(STRATEGIES)}")
+    return STRATEGIES[name]
+
+
+def ways(mesh: Mesh, axes: Sequence[str]) -> int:
+    """Over how many devices the mesh ``axes`` split a dimension."""
+    missing = [a for a in axes if a not in mesh.shape]
+    if missing:
+        raise ValueError(f"rules name mesh axes {missing}; this mesh has {list(mesh.shape)}")
+    return math.prod(mesh.shape[a] for a in axes)
+
+
+def spec(
+    dims: str,
+    mesh: Mesh,
+    rules: Rules,
+    sizes: dims_lib.Sizes | None = None,
+    name: str = "array",
+) -> PartitionSpec:
+    """The partition of an array in ``dims``; ``.`` stands for an axis that has no letter.
+
+    Args:
+        dims: e.g. ``"E D P F"``, or ``"T . H"``.
+        mesh: the mesh.
+        rules: letter -> mesh axes.
+        sizes: the size per letter; with it, divisibility is checked.
+        name: what to call the array in an error.
+
+    Raises:
+        ValueError: a size does not divide, or a mesh axis is used twice.
+    """
+    entries, used = [], set()
+    for letter in dims.split():
+        axes = () if letter == "." else rules.axes(letter)
+        axes = tuple(a for a in axes if ways(mesh, (a,)) > 1)
+        n = ways(mesh, axes)
+        if sizes is not None and letter != "." and sizes[letter] % n:
+            raise ValueError(
+                f"{name}: {letter}={sizes[letter]} does not split over {'+'.join(axes)}={n}; "
+                f"use a mesh whose {'+'.join(axes)} divides it, or rules.replicate({letter!r})"
+            )
+        if used & set(axes):
+            raise ValueError(
+                f"{name}: dims {dims!r} use mesh axes {sorted(used & set(axes))} twice"
+            )
+        used |= set(axes)
+        entries.append(axes[0] if len(axes) == 1 else axes or None)
+    return PartitionSpec(*entries)
+
+
+def replicate_kv(rules: Rules, mesh: Mesh, kv_heads: int) -> Rules:
+    """The stated exception: key/value *weights* are replicated when heads are fewer than ways.
+
+    The cache then holds each head once per device that needs it (`attention.stored_kv_heads`).
+
+    Raises:
+        ValueError: neither the heads divide by the ways nor the ways by the heads.
+    """
+    n = ways(mesh, rules.axes("K"))
+    if kv_heads % n == 0:
+        return rules
+    if n % kv_heads:
+        raise ValueError(
+            f"K={kv_heads} kv heads neither split over nor divide {'+'.join(rules.axes('K'))}={n}; "
+            f"use tensor<={kv_heads} or a multiple of it, or rules.replicate('N', 'K')"
+        )
+    return rules.replicate("K")
+
+
+def constrain(x: jax.Array, dims: str, mesh: Mesh, rules: Rules) -> jax.Array:
+    """Tells the partitioner how an activation is laid out; nothing on a mesh of one device."""
+    if mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(dims, mesh, rules)))
+
+
+def per_shard(fn, mesh: Mesh, in_specs, out_specs):
+    """`jax.shard_map` over the whole mesh, or ``fn`` itself on a mesh of one device."""
+    if mesh.size == 1:
+        return fn
+    return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def shard_index(mesh: Mesh, axes: Sequence[str]) -> jax.Array | int:
+    """Inside `per_shard`: which of the `ways` pieces this device holds, row-major."""
+    index: jax.Array | int = 0
+    for axis in axes:
+        if mesh.shape[axis] > 1:
+            index = index * mesh.shape[axis] + jax.lax.axis_index(axis)
+    return index
+
+
+def reduce_over(x: jax.Array, mesh: Mesh, axes: Sequence[str]) -> jax.Array:
+    """Inside `per_shard`: the sum over the devices of ``axes``."""
+    live = tuple(a for a in axes if mesh.shape[a] > 1)
+    return jax.lax.psum(x, live) if live else x

@@ -1,0 +1,123 @@
+"""Quantised weights: values in a narrow type, and scales of the same rank.
+
+Knows arrays and blocks; knows no checkpoint, layer or kernel. A `QArray` keeps the letters of the
+weight it stands for: axis i of ``scale`` holds one entry per ``blocks[i]`` elements of axis i of
+``values`` (the last block may be partial). The published FP8 checkpoints have blocks of 128x128;
+quantising per output channel gives a block as long as the contracted axis.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+FORMATS = {"fp8": (jnp.float8_e4m3fn, 448.0), "int8": (jnp.int8, 127.0)}
+
+
+@struct.dataclass
+class QArray:
+    """``values * scale`` with one scale per block.
+
+    Attributes:
+        values: float8_e4m3fn or int8, the weight's shape.
+        scale: float32 or bfloat16, shape ``ceil(values.shape[i] / blocks[i])``.
+        blocks: elements of each axis that share a scale.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+    blocks: tuple[int, ...] = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.values.ndim
+
+
+Weight = jax.Array | QArray
+
+
+def scale_shape(shape: Sequence[int], blocks: Sequence[int]) -> tuple[int, ...]:
+    """The scale's shape of a weight of ``shape``."""
+    return tuple(math.ceil(n / b) for n, b in zip(shape, blocks, strict=True))
+
+
+def spread(scale, shape: Sequence[int], blocks: Sequence[int]):
+    """Repeats each scale over its block, so that it multiplies ``values`` elementwise.
+
+    An axis with a single block is left at size 1, for broadcasting.
+    """
+    xp = np if isinstance(scale, np.ndarray) else jnp
+    for axis, (size, block) in enumerate(zip(shape, blocks, strict=True)):
+        if scale.shape[axis] > 1 and block > 1:
+            scale = xp.repeat(scale, block, axis=axis)
+            scale = scale[(slice(None),) * axis + (slice(0, size),)]
+    return scale
+
+
+def dequantize(w: Weight, dtype=jnp.float32) -> jax.Array:
+    """The weight as a plain array: the product in float32, rounded once to ``dtype``."""
+    if not isinstance(w, QArray):
+        return w.astype(dtype)
+    scale = spread(w.scale.astype(jnp.float32), w.shape, w.blocks)
+    return (w.values.astype(jnp.float32) * scale).astype(dtype)
+
+
+def quantize(w: jax.Array, blocks: Sequence[int], form: str) -> QArray:
+    """Quantises to ``form`` ("fp8" or "int8") with scales of max-abs per block, in float32.
+
+    Args:
+        w: a float array.
+        blocks: elements of each axis that share a scale; capped at the axis.
+        form: a key of `FORMATS`.
+    """
+    if form not in FORMATS:
+        raise ValueError(f"quantization {form!r} is unknown; use one of {list(FORMATS)}")
+    dtype, largest = FORMATS[form]
+    w = jnp.asarray(w, jnp.float32)
+    blocks = tuple(min(b, n) for b, n in zip(blocks, w.shape, strict=True))
+    amax = _block_max(jnp.abs(w), blocks)
+    scale = jnp.where(amax > 0, amax / largest, 1.0)
+    scaled = w / spread(scale, w.shape, blocks)
+    values = jnp.round(scaled) if form == "int8" else scaled
+    return QArray(jnp.clip(values, -largest, largest).astype(dtype), scale, blocks)
+
+
+def _block_max(x: jax.Array, blocks: Sequence[int]) -> jax.Array:
+    for axis, block in enumerate(blocks):
+        count = math.ceil(x.shape[axis] / block)
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (0, count * block - x.shape[axis])
+        split = (*x.shape[:axis], count, block, *x.shape[axis + 1 :])
+        x = jnp.pad(x, pad).reshape(split).max(axis + 1)
+    return x
+
+
+def einsum(spec: str, x: jax.Array, w: Weight) -> jax.Array:
+    """``jnp.einsum(spec, x, w)``, accumulated in float32 and rounded to x's dtype.
+
+    A weight whose contracted axes have one scale each is multiplied as it is stored and scaled
+    afterwards, which is exact; otherwise it is dequantised to x's dtype first (one rounding).
+    """
+    if not isinstance(w, QArray):
+        out = jnp.einsum(spec, x, w, preferred_element_type=jnp.float32)
+        return out.astype(x.dtype)
+    operands, result = spec.split("->")
+    letters = operands.split(",")[1]
+    contracted = [i for i, letter in enumerate(letters) if letter not in result]
+    if any(w.scale.shape[i] > 1 for i in contracted):
+        return einsum(spec, x, dequantize(w, x.dtype))
+    out = jnp.einsum(spec, x, w.values.astype(x.dtype), preferred_element_type=jnp.float32)
+    scale = spread(w.scale.astype(jnp.float32), w.shape, w.blocks)
+    kept = "".join(letter for letter in letters if letter in result)
+    scale = jnp.einsum(f"{letters}->{kept}", scale)
+    order = [kept.index(letter) for letter in result if letter in kept]
+    aligned = [n if letter in kept else 1 for letter, n in zip(result, out.shape, strict=True)]
+    scale = jnp.broadcast_to(scale, [w.shape[letters.index(x)] for x in kept]).transpose(order)
+    return (out * scale.reshape(aligned)).astype(x.dtype)

@@ -1,0 +1,37 @@
+"""Options and fixtures every test shares. Tests never download, and never need files outside the clone.
+
+Real configs, templates and the real tokenizer sharpen some tests; `--shared-data DIR` (or the
+environment variable QWEN_JAX_SHARED_DATA) says where they are, and those tests skip without it.
+"""
+
+import os
+import pathlib
+
+# Eight virtual CPU devices, so that every mesh shape of eight can be tested. This must be in the
+# environment before JAX starts its backend.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_FLAG = "--xla_force_host_platform_device_count=8"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
+
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--shared-data",
+        default=os.environ.get("QWEN_JAX_SHARED_DATA"),
+        help="directory with real configs, chat templates, tensor names and the tokenizer",
+    )
+
+
+@pytest.fixture(scope="session")
+def shared_data(request) -> pathlib.Path:
+    """The directory of real model files, or a skip that says how to provide it."""
+    where = request.config.getoption("--shared-data")
+    if not where:
+        pytest.skip("needs real model files: pass --shared-data DIR or set QWEN_JAX_SHARED_DATA")
+    path = pathlib.Path(where)
+    if not (path / "tokenizer" / "tokenizer.json").is_file():
+        raise pytest.UsageError(f"--shared-data {path}: no tokenizer/tokenizer.json there")
+    return path
