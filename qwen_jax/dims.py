@@ -7,7 +7,7 @@ somebody else's, whose axes may fuse several letters ("(N H) D": one axis of siz
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -41,7 +41,7 @@ GLOSSARY: Mapping[str, str] = {
 }
 
 Sizes = Mapping[str, int]
-_GROUP = re.compile(r"\(([^()]*)\)|(\S+)")
+_AXIS = re.compile(r"\(([^()]*)\)|(\S+)")
 
 
 def parse(dims: str) -> tuple[str, ...]:
@@ -60,8 +60,14 @@ def parse(dims: str) -> tuple[str, ...]:
 
 
 def groups(layout: str) -> tuple[tuple[str, ...], ...]:
-    """Splits a layout string into axes: ``"(N H) D"`` -> ``(("N", "H"), ("D",))``."""
-    found = tuple(parse(m.group(1) or m.group(2)) for m in _GROUP.finditer(layout))
+    """Splits a layout string into axes: ``"(N H) D"`` -> ``(("N", "H"), ("D",))``.
+
+    Raises:
+        ValueError: a letter is not in the glossary or stands twice, or an axis is empty.
+    """
+    found = tuple(parse(fused or single) for fused, single in _AXIS.findall(layout))
+    if not all(found):
+        raise ValueError(f"layout {layout!r}: an axis without a letter")
     parse(" ".join(letter for axis in found for letter in axis))
     return found
 
@@ -89,9 +95,5 @@ def rearrange(x: np.ndarray, layout: str, dims: str, sizes: Sizes) -> np.ndarray
         raise ValueError(f"layout {layout!r} and dims {dims!r} do not name the same letters")
     if x.shape != shape(layout, sizes):
         raise ValueError(f"shape {x.shape} is not {layout!r} = {shape(layout, sizes)}")
-    return x.reshape([sizes[letter] for letter in order]).transpose(permutation(order, wanted))
-
-
-def permutation(order: Sequence[str], wanted: Sequence[str]) -> tuple[int, ...]:
-    """The axes that bring letters from ``order`` into the order ``wanted``."""
-    return tuple(list(order).index(letter) for letter in wanted)
+    split = x.reshape([sizes[letter] for letter in order])
+    return split.transpose([order.index(letter) for letter in wanted])

@@ -31,7 +31,13 @@ ACTIVATION_DTYPES = ("bfloat16", "float32")
 
 
 def ladder(smallest: int, largest: int) -> tuple[int, ...]:
-    """Powers of two from ``smallest`` up to, and including, ``largest``."""
+    """``smallest`` doubled as often as it stays below ``largest``, then ``largest``.
+
+    Raises:
+        ValueError: ``smallest`` is not positive.
+    """
+    if smallest < 1:
+        raise ValueError(f"a ladder of buckets cannot start at {smallest}; start at 1 or more")
     steps = []
     while smallest < largest:
         steps.append(smallest)
@@ -48,12 +54,21 @@ class Buckets:
         rows: rows of a batch.
         pages: pages of a row's page table.
         new_tokens: tokens that one generate program can hold per row.
+
+    Raises:
+        ValueError: a list is empty, or not of increasing positive sizes.
     """
 
     tokens: tuple[int, ...] = ladder(16, 8192)
     rows: tuple[int, ...] = ladder(1, 256)
     pages: tuple[int, ...] = ladder(4, 65536)
     new_tokens: tuple[int, ...] = ladder(16, 262144)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            steps = getattr(self, field.name)
+            if not steps or steps[0] < 1 or list(steps) != sorted(set(steps)):
+                raise ValueError(f"buckets: {field.name}={steps} must be positive and increasing")
 
     def pick(self, kind: str, n: int) -> int:
         """The smallest bucket of ``kind`` that holds ``n``.
@@ -91,7 +106,7 @@ class Runtime:
     buckets: Buckets = Buckets()
 
     def kernel(self, op: str) -> str:
-        """The name of the implementation chosen for ``op``."""
+        """The name of the implementation chosen for ``op``, one of `OPS`."""
         return dict(self.kernels)[op]
 
     @classmethod
@@ -109,10 +124,23 @@ class Runtime:
     ) -> "Runtime":
         """Resolves every "auto" once, and logs what was decided and why.
 
+        Args:
+            mesh: as `sharding.make_mesh` takes it.
+            strategy: a named set of rules, or rules.
+            dtype: of activations: "bfloat16" (float32 on CPU, which is logged) or "float32".
+            kv_cache_dtype: "auto" (as ``dtype``), "bfloat16", "float32", "fp8" or "int8".
+            kernels: "auto", one implementation's name for every op, or op -> name.
+            page_size: token positions per page, a power of two.
+            buckets: shapes to compile for.
+            devices: the devices of the mesh; default all.
+
         Raises:
             ValueError: an unknown name, an impossible mesh, or a kernel that cannot run here.
         """
         mesh = sharding_lib.make_mesh(mesh, devices)
+        rules = sharding_lib.strategy(strategy)
+        for _, axes in rules.table:
+            sharding_lib.ways(mesh, axes)  # raises where the mesh has no such axis
         platform = mesh.devices.flat[0].platform
         dtype = _activation_dtype(dtype, platform)
         if kv_cache_dtype == "auto":
@@ -125,7 +153,7 @@ class Runtime:
             raise ValueError(f"page_size={page_size} is not a power of two; use 16 to 256")
         return cls(
             mesh=mesh,
-            rules=sharding_lib.strategy(strategy),
+            rules=rules,
             kernels=_choose_kernels(kernels, platform),
             dtype=dtype,
             kv_dtype=kv_cache_dtype,

@@ -13,6 +13,7 @@ letter and the numbers: nothing is replicated without being asked to be, with on
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -22,6 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from qwen_jax import dims as dims_lib
 
 AXES = ("data", "expert", "tensor")
+_AXIS_SIZE = re.compile(r"\s*(\w+)\s*=\s*(\d+)\s*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +34,15 @@ class Rules:
 
     @classmethod
     def of(cls, mapping: Mapping[str, str | Sequence[str]] | None = None, **letters) -> "Rules":
-        """``Rules.of(E="expert", V=("data", "tensor"))``; a mapping works too."""
+        """``Rules.of(E="expert", V=("data", "tensor"))``; a mapping works too.
+
+        Raises:
+            ValueError: a key is not one letter of the glossary.
+        """
         merged = {**(mapping or {}), **letters}
         for letter in merged:
-            dims_lib.parse(letter)
+            if dims_lib.parse(letter) != (letter,):
+                raise ValueError(f"rules: {letter!r} is not one dimension letter")
         as_tuple = {k: (v,) if isinstance(v, str) else tuple(v) for k, v in merged.items()}
         return cls(tuple(sorted((k, v) for k, v in as_tuple.items() if v)))
 
@@ -45,6 +52,7 @@ class Rules:
 
     def replicate(self, *letters: str) -> "Rules":
         """These rules with some letters replicated."""
+        dims_lib.parse(" ".join(letters))
         return Rules(tuple((k, v) for k, v in self.table if k not in letters))
 
     def __str__(self) -> str:
@@ -68,25 +76,27 @@ def make_mesh(spec: "str | Mapping[str, int] | Mesh" = "auto", devices=None) -> 
 
     Args:
         spec: ``"auto"`` (every device on the expert axis), ``"expert=4,tensor=2"``, a mapping, or
-            a ready mesh, which is returned as it is.
-        devices: the devices to use, in order; default `jax.devices()`.
+            a ready mesh, of which devices and axis names are kept (`jax.make_mesh` makes axis
+            types Explicit, which this library does not use).
+        devices: the devices to use, in order; default `jax.devices()`. A mesh that needs fewer
+            takes the first ones.
 
     Raises:
-        ValueError: an axis is unknown or its size is no positive integer, or the product is not
-            the number of devices.
+        ValueError: an axis is unknown, or its size is no positive integer, or the mesh needs more
+            devices than there are.
     """
     if isinstance(spec, Mesh):
-        return spec
+        names = spec.axis_names
+        return Mesh(spec.devices, names, axis_types=(AxisType.Auto,) * len(names))
     devices = list(jax.devices() if devices is None else devices)
     if spec == "auto":
         spec = {"expert": len(devices)}
     if isinstance(spec, str):
-        pairs = [part.partition("=") for part in spec.split(",") if part.strip()]
-        spec = {name.strip(): int(n) if n.strip().isdigit() else -1 for name, _, n in pairs}
+        spec = _parse_mesh(spec)
     for name, size in spec.items():
-        if name not in AXES or size < 1:
+        if name not in AXES or not isinstance(size, int) or size < 1:
             raise ValueError(
-                f"mesh axis {name}={size}: use positive sizes of {', '.join(AXES)}, "
+                f"mesh axis {name}={size!r}: use positive sizes of {', '.join(AXES)}, "
                 'for example "expert=4,tensor=2"'
             )
     sizes = [spec.get(axis, 1) for axis in AXES]
@@ -99,8 +109,25 @@ def make_mesh(spec: "str | Mapping[str, int] | Mesh" = "auto", devices=None) -> 
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def _parse_mesh(text: str) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        found = _AXIS_SIZE.fullmatch(part)
+        if found is None or found[1] in sizes:
+            raise ValueError(
+                f"mesh {text!r}: {part!r} is not AXIS=SIZE of a new axis; "
+                'use for example "expert=4,tensor=2"'
+            )
+        sizes[found[1]] = int(found[2])
+    return sizes
+
+
 def strategy(name: "str | Rules") -> Rules:
-    """The rules of a named strategy; ``"auto"`` is ``"ep+tp"``, right for every mesh above."""
+    """The rules of a named strategy; ``"auto"`` is ``"ep+tp"``, right for every mesh above.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
     if isinstance(name, Rules):
         return name
     if name == "auto":
@@ -111,10 +138,17 @@ def strategy(name: "str | Rules") -> Rules:
 
 
 def ways(mesh: Mesh, axes: Sequence[str]) -> int:
-    """Over how many devices the mesh ``axes`` split a dimension."""
+    """Over how many devices the mesh ``axes`` split a dimension.
+
+    Raises:
+        ValueError: the mesh has no such axis.
+    """
     missing = [a for a in axes if a not in mesh.shape]
     if missing:
-        raise ValueError(f"rules name mesh axes {missing}; this mesh has {list(mesh.shape)}")
+        raise ValueError(
+            f"rules name mesh axes {missing}; this mesh has {list(mesh.shape)}: "
+            "add axes of size 1, or write rules for these"
+        )
     return math.prod(mesh.shape[a] for a in axes)
 
 
@@ -135,8 +169,9 @@ def spec(
         name: what to call the array in an error.
 
     Raises:
-        ValueError: a size does not divide, or a mesh axis is used twice.
+        ValueError: a letter is unknown, a size does not divide, or a mesh axis is used twice.
     """
+    dims_lib.parse(dims.replace(".", " "))
     entries, used = [], set()
     for letter in dims.split():
         axes = () if letter == "." else rules.axes(letter)
@@ -170,16 +205,22 @@ def replicate_kv(rules: Rules, mesh: Mesh, kv_heads: int) -> Rules:
     if n % kv_heads:
         raise ValueError(
             f"K={kv_heads} kv heads neither split over nor divide {'+'.join(rules.axes('K'))}={n}; "
-            f"use tensor<={kv_heads} or a multiple of it, or rules.replicate('N', 'K')"
+            f"use a divisor of {kv_heads} or a multiple of it, or rules.replicate('N', 'K')"
         )
     return rules.replicate("K")
 
 
 def constrain(x: jax.Array, dims: str, mesh: Mesh, rules: Rules) -> jax.Array:
-    """Tells the partitioner how an activation is laid out; nothing on a mesh of one device."""
+    """Tells the partitioner how an activation is laid out; nothing on a mesh of one device.
+
+    Raises:
+        ValueError: as `spec`.
+    """
     if mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(dims, mesh, rules)))
+    sizes = dict(zip(dims.split(), x.shape, strict=True))
+    place = spec(dims, mesh, rules, sizes, "activation")
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place))
 
 
 def per_shard(fn, mesh: Mesh, in_specs, out_specs):

@@ -74,6 +74,18 @@ def make_cache(config: TextConfig, runtime: Runtime, num_pages: int) -> KVCache:
     return KVCache(pages, scales)
 
 
+def grow_cache(cache: KVCache, num_pages: int) -> KVCache:
+    """The same cache with empty pages behind it; the old one is dropped layer by layer."""
+
+    def grow(x: jax.Array | None) -> jax.Array | None:
+        if x is None:
+            return None
+        more = [(0, num_pages - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
+        return jax.jit(jnp.pad, static_argnums=1, out_shardings=x.sharding)(x, tuple(more))
+
+    return KVCache(tuple(map(grow, cache.pages)), tuple(map(grow, cache.scales)))
+
+
 @struct.dataclass
 class RaggedBatch:
     """New tokens of several rows, flat, with where each row's context lies.

@@ -55,14 +55,26 @@ def step(
 
     Source: transformers Qwen3MoeForCausalLM.forward.
     """
-    x_TD = params.embed[batch.tokens].astype(runtime.dtype)
-    x_TD = sharding_lib.constrain(x_TD, "T D", runtime.mesh, runtime.rules)
-    x_TD, cache = text.decode(params.layers, x_TD, batch, cache, config.text, runtime)
+    x_TD, cache = forward(params, config, runtime, batch, cache)
     if logits == "none":
         return StepOut(None, cache)
     if logits == "last":
-        x_TD = x_TD[jnp.maximum(batch.row_starts[1:] - 1, 0)]
+        x_TD = last_of_rows(x_TD, batch)
     return StepOut(unembed(params, x_TD, config, runtime), cache)
+
+
+def forward(
+    params: Weights, config: ModelConfig, runtime: Runtime, batch: RaggedBatch, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """Embedding and decoder: the stream [T, D] before the final norm, and the updated cache."""
+    x_TD = params.embed[batch.tokens].astype(runtime.dtype)
+    x_TD = sharding_lib.constrain(x_TD, "T D", runtime.mesh, runtime.rules)
+    return text.decode(params.layers, x_TD, batch, cache, config.text, runtime)
+
+
+def last_of_rows(x_TD: jax.Array, batch: RaggedBatch) -> jax.Array:
+    """[B, D]: the last new token of each row (any token for a row that brought none)."""
+    return x_TD[jnp.maximum(batch.row_starts[1:] - 1, 0)]
 
 
 def unembed(params: Weights, x_TD: jax.Array, config: ModelConfig, runtime: Runtime) -> jax.Array:

@@ -4,9 +4,6 @@ Knows what a model is; knows no file and no key of one (`hf_config.py` reads tho
 """
 
 import dataclasses
-import re
-
-from qwen_jax import dims as dims_lib
 
 ARCHITECTURES = {
     "qwen3": "dense text",
@@ -142,8 +139,12 @@ class QuantConfig:
     scale_dtype: str = "bfloat16"
 
     def skips(self, tensor: str) -> bool:
-        """Whether a Hugging Face tensor stays unquantised (whole dotted parts must match)."""
-        return any(re.search(rf"(^|\.){re.escape(s)}(\.|$)", tensor) for s in self.skip)
+        """Whether a Hugging Face tensor stays unquantised.
+
+        Whole dotted parts must match: ``mlp.gate`` skips ``model.layers.0.mlp.gate.weight`` and
+        not ``model.layers.0.mlp.gate_proj.weight``.
+        """
+        return any(f".{module}." in f".{tensor}." for module in self.skip)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +156,8 @@ class ModelConfig:
         tie_word_embeddings: whether the head is the embedding.
         dtype: dtype of the unquantised weights on disk.
         eos_token_ids: ids that end a text, by config.json (generation_config.json may say more).
+        image_token_id, video_token_id, vision_start_token_id, vision_end_token_id: the
+            placeholders of pictures in a prompt; None for text-only models.
     """
 
     model_type: str
@@ -168,7 +171,3 @@ class ModelConfig:
     video_token_id: int | None = None
     vision_start_token_id: int | None = None
     vision_end_token_id: int | None = None
-
-    @property
-    def sizes(self) -> dims_lib.Sizes:
-        return self.text.sizes

@@ -5,6 +5,7 @@ function over the leaves of `params.table(config)`.
 """
 
 import dataclasses
+import logging
 import math
 from functools import partial
 
@@ -17,24 +18,30 @@ from qwen_jax import sharding as sharding_lib
 from qwen_jax.sharding import Rules
 from qwen_jax.weights.config import ModelConfig, QuantConfig
 from qwen_jax.weights.params import Param, Weights, table
-from qwen_jax.weights.quant import FORMATS, QArray, quantize, scale_shape
+from qwen_jax.weights.quant import FORMATS, QArray, Weight, dequantize, quantize, scale_shape
+
+log = logging.getLogger(__name__)
 
 # What requantising leaves alone: the router decides, and the head's rounding shows in every logit.
 KEPT_EXACT = ("lm_head", "mlp.gate", "visual")
+_DRAWN_AT_ONCE = 1 << 22  # float32 randoms that are in memory together, when weights are drawn
 
 
 def quantization(row: Param, config: ModelConfig) -> QuantConfig | None:
-    """How this row is stored by a checkpoint of ``config``; None: unquantised."""
-    if config.quantization is None or not row.linear or config.quantization.skips(row.name):
-        return None
-    return config.quantization
+    """How this row is stored by a checkpoint of ``config``; None: unquantised.
+
+    The first tensor of a stack decides for all of them (loading then checks each one's dtype).
+    """
+    quant, tensor = config.quantization, row.name.format(E=0, P="gate")
+    return None if quant is None or not row.linear or quant.skips(tensor) else quant
 
 
 def blocks(row: Param, quant: QuantConfig) -> tuple[int, ...]:
     """Elements per scale along each letter of ``row.dims``.
 
     A block of 128 along the fused axis "(N H)" is one head of 128, two heads of 64 or half a head
-    of 256. Where it is none of these (heads of 96), each element keeps a scale of its own.
+    of 256. Where it is none of these (heads of 96), each element along that axis keeps a scale of
+    its own. Letters that are separate tensors on disk (experts, gate and up) share no scale.
     """
     size, letters, over = row.size, dims_lib.parse(row.dims), row.over.split()
     if quant.block is None:
@@ -43,13 +50,12 @@ def blocks(row: Param, quant: QuantConfig) -> tuple[int, ...]:
     for axis in dims_lib.groups(row.layout):
         block = quant.block[1 if axis[-1] in over else 0]
         *outer, minor = axis
-        if not outer:
+        if not outer or size[minor] % block == 0:
             per_letter[minor] = block
         elif block % size[minor] == 0:
-            per_letter[minor] = size[minor]
-            per_letter[outer[-1]] = block // size[minor]
-        elif size[minor] % block == 0:
-            per_letter[minor] = block
+            heads = block // size[minor]
+            if len(outer) == 1 or size[outer[-1]] % heads == 0:
+                per_letter[minor], per_letter[outer[-1]] = size[minor], heads
     return tuple(per_letter[x] for x in letters)
 
 
@@ -74,7 +80,8 @@ def shardings(config: ModelConfig, mesh: Mesh, rules: Rules) -> Weights:
     """The `NamedSharding` of every leaf of `abstract`.
 
     Raises:
-        ValueError: a letter's size, or its blocks of scales, do not divide over its mesh axes.
+        ValueError: a letter's size, or its blocks of scales, do not divide over its mesh axes;
+            the message names the tensor, the letter and the numbers.
     """
     rules = sharding_lib.replicate_kv(rules, mesh, config.text.num_key_value_heads)
 
@@ -92,6 +99,7 @@ def shardings(config: ModelConfig, mesh: Mesh, rules: Rules) -> Weights:
 
 
 def _scale_spec(row: Param, per_axis, spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    """Scales lie with their values; a single scale along an axis is on every device."""
     entries = []
     counts = scale_shape(row.shape, per_axis)
     for letter, size, block, count, axes in zip(
@@ -99,7 +107,7 @@ def _scale_spec(row: Param, per_axis, spec: PartitionSpec, mesh: Mesh) -> Partit
     ):
         names = (axes,) if isinstance(axes, str) else axes or ()
         n = sharding_lib.ways(mesh, names)
-        if count > 1 and (size // n) % block:
+        if n > 1 and count > 1 and (size // n) % block:
             raise ValueError(
                 f"{row.name}: {letter}={size} over {'+'.join(names)}={n} cuts its scale blocks of "
                 f"{block}; shard experts instead (rules.replicate({letter!r})) or dequantise"
@@ -109,7 +117,17 @@ def _scale_spec(row: Param, per_axis, spec: PartitionSpec, mesh: Mesh) -> Partit
 
 
 def init(config: ModelConfig, seed: int, dtype, mesh: Mesh, rules: Rules) -> Weights:
-    """Random weights of unit-scale activations, made on their devices, equal on every mesh."""
+    """Random weights of unit-scale activations, made on their devices, equal on every mesh.
+
+    Args:
+        config: the model.
+        seed: of all weights.
+        dtype: of unquantised weights.
+        mesh, rules: where they lie.
+
+    Raises:
+        ValueError: as `shardings`.
+    """
     rows, tree = jax.tree.flatten(table(config))
     places = tree.flatten_up_to(shardings(config, mesh, rules))
     shapes = tree.flatten_up_to(abstract(config, dtype))
@@ -130,27 +148,23 @@ def _random(key, row: Param, shape, place):
     bound = math.sqrt(3.0 / fan_in)  # a uniform distribution of variance 1 / fan_in
     if not isinstance(shape, QArray):
         return _uniform(key, shape.shape, jnp.dtype(shape.dtype), bound, place)
-    _, largest = FORMATS["fp8" if shape.values.dtype != jnp.int8 else "int8"]
-    values = _uniform(key, shape.values.shape, jnp.dtype(shape.values.dtype), largest, place.values)
+    values = shape.values
+    largest = next(most for dtype, most in FORMATS.values() if values.dtype == dtype)
     scale = jnp.full(shape.scale.shape, bound / largest, shape.scale.dtype, device=place.scale)
-    return QArray(values, scale, shape.blocks)
+    drawn = _uniform(key, values.shape, jnp.dtype(values.dtype), largest, place.values)
+    return QArray(drawn, scale, shape.blocks)
 
 
-def _uniform(key, shape, dtype, bound, place) -> jax.Array:
-    # A weight of many gigabytes is drawn slice by slice: float32 randoms of one slice at a time.
-    leading = shape[0] if len(shape) > 2 else 1
+@partial(jax.jit, static_argnames=("shape", "dtype", "bound", "place"))
+def _uniform(key, shape, dtype, bound: float, place: NamedSharding) -> jax.Array:
+    """Uniform in [-bound, bound); a key per index of the first axis, few of them at a time."""
 
-    @partial(jax.jit, out_shardings=place)
-    def draw(key):
-        def one(k):
-            tail = shape[1:] if leading > 1 else shape
-            return jax.random.uniform(k, tail, jnp.float32, -bound, bound).astype(dtype)
+    def one(key):
+        return jax.random.uniform(key, shape[1:], jnp.float32, -bound, bound).astype(dtype)
 
-        if leading == 1:
-            return one(key).reshape(shape)
-        return jax.lax.map(one, jax.random.split(key, leading))
-
-    return draw(key)
+    together = min(shape[0], max(1, _DRAWN_AT_ONCE // math.prod(shape[1:])))
+    drawn = jax.lax.map(one, jax.random.split(key, shape[0]), batch_size=together)
+    return jax.lax.with_sharding_constraint(drawn, place)
 
 
 def count(config: ModelConfig) -> int:
@@ -160,37 +174,52 @@ def count(config: ModelConfig) -> int:
 
 def count_active(config: ModelConfig) -> int:
     """How many text parameters one token uses: experts count as the active ones; no embedding."""
-    total, text = 0, config.text
-    rows = table(config)
-    for row in jax.tree.leaves((rows.layers, rows.norm, rows.head or rows.embed)):
-        share = text.num_experts_per_tok / text.num_experts if "E" in row.dims.split() else 1
-        total += int(math.prod(row.shape) * share)
-    return total
+    rows, active = table(config), config.text.sizes["A"]
+    return sum(
+        math.prod(active if x == "E" else row.size[x] for x in dims_lib.parse(row.dims))
+        for row in jax.tree.leaves((rows.layers, rows.norm, rows.head or rows.embed))
+    )
 
 
 def requantize(weights: Weights, config: ModelConfig, form: str) -> tuple[Weights, ModelConfig]:
     """Stores linear weights in ``form`` ("fp8", "int8") with one scale per output channel.
 
-    Only unquantised checkpoints: requantising a quantised one would round twice. The head, the
-    router and the vision tower stay as they are.
+    A quantised checkpoint is dequantised first, so that the new rounding comes on top of its own;
+    what it leaves exact stays exact. Of another one the head, the router and the vision tower do.
+    The error is logged: the RMS of all differences over the RMS of all weights.
+
+    Returns:
+        The weights, whose values are sharded as they were, and their config.
 
     Raises:
-        ValueError: the checkpoint is quantised already, or ``form`` is unknown.
+        ValueError: ``form`` is unknown.
     """
-    if config.quantization is not None:
-        raise ValueError(
-            f"the checkpoint is quantised already ({config.quantization.form}): "
-            f"quantization={form!r} would round twice; leave it out, or convert from the original"
-        )
-    quant = QuantConfig(form=form, block=None, skip=KEPT_EXACT, scale_dtype="float32")
-    config = dataclasses.replace(config, quantization=quant)
+    old = config.quantization
+    skip = KEPT_EXACT if old is None else old.skip
+    new = QuantConfig(form=form, block=None, skip=skip, scale_dtype="float32")
+    config = dataclasses.replace(config, quantization=new)
+    squares: list[tuple[float, float, str]] = []  # of errors, of weights; the tensor
 
-    @partial(jax.jit, static_argnums=(1,))
-    def one(leaf, row: Param):
+    def one(row: Param, leaf: Weight) -> Weight:
         if quantization(row, config) is None:
             return leaf
-        return quantize(leaf, blocks(row, quant), form)
+        out, error, power = _requantize(leaf, blocks(row, new), form)
+        squares.append((float(error), float(power), row.name))
+        return out
 
     rows, tree = jax.tree.flatten(table(config))
     leaves = tree.flatten_up_to(weights)
-    return tree.unflatten([one(x, row) for x, row in zip(leaves, rows, strict=True)]), config
+    out = tree.unflatten([one(row, leaf) for row, leaf in zip(rows, leaves, strict=True)])
+    errors = sorted((math.sqrt(e / p) if p else 0.0, name) for e, p, name in squares)
+    total = math.sqrt(sum(e for e, _, _ in squares) / sum(p for _, p, _ in squares))
+    log.info("requantised to %s: relative RMS error %.2f %%", form, 100 * total)
+    log.info("of one tensor at worst %.2f %%: %s", 100 * errors[-1][0], errors[-1][1])
+    return out, config
+
+
+@partial(jax.jit, static_argnames=("per_axis", "form"))
+def _requantize(w: Weight, per_axis: tuple[int, ...], form: str):
+    """The requantised weight, the sum of its squared errors, and that of its squares."""
+    exact = dequantize(w)
+    out = quantize(exact, per_axis, form)
+    return out, jnp.sum((dequantize(out) - exact) ** 2), jnp.sum(exact**2)

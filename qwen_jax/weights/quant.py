@@ -44,14 +44,20 @@ Weight = jax.Array | QArray
 
 
 def scale_shape(shape: Sequence[int], blocks: Sequence[int]) -> tuple[int, ...]:
-    """The scale's shape of a weight of ``shape``."""
+    """The shape of the scale of a weight of ``shape``: blocks per axis, the last one partial."""
     return tuple(math.ceil(n / b) for n, b in zip(shape, blocks, strict=True))
 
 
 def spread(scale, shape: Sequence[int], blocks: Sequence[int]):
     """Repeats each scale over its block, so that it multiplies ``values`` elementwise.
 
-    An axis with a single block is left at size 1, for broadcasting.
+    Args:
+        scale: numpy or jax, of shape ``scale_shape(shape, blocks)``.
+        shape: the weight's.
+        blocks: elements of each axis that share a scale.
+
+    Returns:
+        An array of ``shape``, but of size 1 along axes that are a single block, for broadcasting.
     """
     xp = np if isinstance(scale, np.ndarray) else jnp
     for axis, (size, block) in enumerate(zip(shape, blocks, strict=True)):
@@ -76,20 +82,28 @@ def quantize(w: jax.Array, blocks: Sequence[int], form: str) -> QArray:
         w: a float array.
         blocks: elements of each axis that share a scale; capped at the axis.
         form: a key of `FORMATS`.
+
+    Returns:
+        Values no larger than the format's largest, and float32 scales (1 for a block of zeros).
+
+    Raises:
+        ValueError: ``form`` is unknown.
     """
     if form not in FORMATS:
         raise ValueError(f"quantization {form!r} is unknown; use one of {list(FORMATS)}")
     dtype, largest = FORMATS[form]
     w = jnp.asarray(w, jnp.float32)
     blocks = tuple(min(b, n) for b, n in zip(blocks, w.shape, strict=True))
-    amax = _block_max(jnp.abs(w), blocks)
-    scale = jnp.where(amax > 0, amax / largest, 1.0)
+    scale = _block_max(jnp.abs(w), blocks) / largest
+    # Zeros, and numbers so small that their scale would not be a normal float32.
+    scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
     scaled = w / spread(scale, w.shape, blocks)
     values = jnp.round(scaled) if form == "int8" else scaled
     return QArray(jnp.clip(values, -largest, largest).astype(dtype), scale, blocks)
 
 
 def _block_max(x: jax.Array, blocks: Sequence[int]) -> jax.Array:
+    """The maximum of each block of a non-negative array."""
     for axis, block in enumerate(blocks):
         count = math.ceil(x.shape[axis] / block)
         pad = [(0, 0)] * x.ndim
@@ -102,8 +116,13 @@ def _block_max(x: jax.Array, blocks: Sequence[int]) -> jax.Array:
 def einsum(spec: str, x: jax.Array, w: Weight) -> jax.Array:
     """``jnp.einsum(spec, x, w)``, accumulated in float32 and rounded to x's dtype.
 
-    A weight whose contracted axes have one scale each is multiplied as it is stored and scaled
-    afterwards, which is exact; otherwise it is dequantised to x's dtype first (one rounding).
+    A weight with a single scale along every contracted axis is multiplied as it is stored and
+    scaled afterwards, which is exact; another is dequantised to x's dtype first (one rounding).
+
+    Args:
+        spec: one letter per axis, no ellipsis; every letter of the result is in x or in w.
+        x: float.
+        w: plain or quantised.
     """
     if not isinstance(w, QArray):
         out = jnp.einsum(spec, x, w, preferred_element_type=jnp.float32)
@@ -115,9 +134,7 @@ def einsum(spec: str, x: jax.Array, w: Weight) -> jax.Array:
         return einsum(spec, x, dequantize(w, x.dtype))
     out = jnp.einsum(spec, x, w.values.astype(x.dtype), preferred_element_type=jnp.float32)
     scale = spread(w.scale.astype(jnp.float32), w.shape, w.blocks)
-    kept = "".join(letter for letter in letters if letter in result)
-    scale = jnp.einsum(f"{letters}->{kept}", scale)
-    order = [kept.index(letter) for letter in result if letter in kept]
-    aligned = [n if letter in kept else 1 for letter, n in zip(result, out.shape, strict=True)]
-    scale = jnp.broadcast_to(scale, [w.shape[letters.index(x)] for x in kept]).transpose(order)
-    return (out * scale.reshape(aligned)).astype(x.dtype)
+    kept = "".join(letter for letter in result if letter in letters)
+    size = dict(zip(letters, scale.shape, strict=True))
+    scale = jnp.einsum(f"{letters}->{kept}", scale)  # contracted axes have size 1
+    return (out * scale.reshape([size.get(letter, 1) for letter in result])).astype(x.dtype)

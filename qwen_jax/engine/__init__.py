@@ -1,0 +1,1 @@
+"""What runs requests: everything that holds state lives here."""
