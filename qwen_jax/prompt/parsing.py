@@ -9,10 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from qwen_jax.prompt.parsing_coder import CoderParser
 from qwen_jax.prompt.parsing_schema import ToolSchemas
 from qwen_jax.prompt.parsing_tags import TagScanner
 from qwen_jax.prompt.parsing_tools import (
-    CoderParser,
     ContentDelta,
     Delta,
     HermesParser,

@@ -94,7 +94,8 @@ def _number(text: str) -> int | float:
 
 def _literal(text: str) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # "\d" in a model's string is no concern
+        # "\d" in a model's string is no concern (Python 3.11 calls it a DeprecationWarning).
+        warnings.simplefilter("ignore")
         return ast.literal_eval(text)
 
 

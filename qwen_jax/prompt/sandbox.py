@@ -81,7 +81,7 @@ class TemplateEnvironment(sandbox.ImmutableSandboxedEnvironment):
             lstrip_blocks=True,
             extensions=[ext.LoopControlExtension, _Generation],
             finalize=finalize,
-            optimized=False,  # would evaluate constant expressions, unmetered, when compiling
+            optimized=False,  # no expression is evaluated before rendering, where it is metered
         )
         self.filters = {name: filters.FILTERS[name] for name in _FILTERS}
         self.filters |= {

@@ -20,7 +20,8 @@ from qwen_jax.prompt.taint import as_text, join
 PIECE_UNITS = 16  # a string object made by split or list
 PASS_UNITS = 32  # a pass of a loop
 _ITEM_UNITS = 4  # an item looked at
-_BASE_BUDGET = 1 << 25  # units: about one character each, whatever the messages hold
+_CALL_UNITS = 16  # a filter or test called for an item
+_BASE_BUDGET = 1 << 24  # units: about one character each, whatever the messages hold
 _BUDGET_PER_CHAR = 64  # a real template copies or searches each character of the input 10 times
 _MAX_DEPTH = 200
 
@@ -107,7 +108,7 @@ def _paired(context: runtime.Context, value: Any, *args: Any) -> Any:
     value = measured(context, value)
     meter = METER.get()
     count = len(value) if isinstance(value, Sized) else 1
-    meter.charge(count * (1 + meter.size_of(args)))
+    meter.charge(count * (_CALL_UNITS + meter.size_of(args)))
     return value
 
 
