@@ -12,15 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-import pallas_kernels.paged_attention
-import pallas_kernels.ragged_dot  # noqa: F401  (importing an op registers its implementations)
+import pallas_kernels  # noqa: F401  (importing the ops registers their implementations)
 from pallas_kernels import registry
 from qwen_jax import sharding as sharding_lib
 from qwen_jax.sharding import Rules
 
 log = logging.getLogger(__name__)
 
-OPS = ("ragged_dot", "paged_attention")
+OPS = ("ragged_dot", "paged_attention", "segment_attention")
 KV_DTYPES = {
     "bfloat16": jnp.bfloat16,
     "float32": jnp.float32,

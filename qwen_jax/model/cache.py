@@ -87,6 +87,26 @@ def grow_cache(cache: KVCache, num_pages: int) -> KVCache:
 
 
 @struct.dataclass
+class VisualRows:
+    """Features of pictures, and which flat token takes which.
+
+    Attributes:
+        rows: [M, D], what replaces a token's embedding.
+        levels: [J, M, D], DeepStack: what is added to the token after decoder layer j.
+        source: int32 [T], a token's feature row; -1 for text and padding.
+    """
+
+    rows: jax.Array
+    levels: jax.Array
+    source: jax.Array
+
+    def take(self, features: jax.Array) -> jax.Array:
+        """[M, D] features -> [T, D], zero where a token has none."""
+        taken = features[jnp.maximum(self.source, 0)]
+        return jnp.where((self.source >= 0)[:, None], taken, 0)
+
+
+@struct.dataclass
 class RaggedBatch:
     """New tokens of several rows, flat, with where each row's context lies.
 
@@ -96,6 +116,7 @@ class RaggedBatch:
         row_starts: int32 [B + 1]: row b brings tokens ``row_starts[b]:row_starts[b + 1]``.
         kv_lens: int32 [B], context length including the new tokens; 0 for an unused row.
         page_table: int32 [B, W]: the page of position p is ``page_table[b, p // page_size]``.
+        visual: features of the chunk's pictures; None where there are none, as in decode.
     """
 
     tokens: jax.Array
@@ -103,6 +124,7 @@ class RaggedBatch:
     row_starts: jax.Array
     kv_lens: jax.Array
     page_table: jax.Array
+    visual: VisualRows | None = None
 
     @property
     def is_token(self) -> jax.Array:

@@ -66,8 +66,11 @@ def step(
 def forward(
     params: Weights, config: ModelConfig, runtime: Runtime, batch: RaggedBatch, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
-    """Embedding and decoder: the stream [T, D] before the final norm, and the updated cache."""
+    """Embedding (or a picture's features) and decoder: the stream [T, D] before the final norm."""
     x_TD = params.embed[batch.tokens].astype(runtime.dtype)
+    if batch.visual is not None:
+        placed = batch.visual.take(batch.visual.rows).astype(runtime.dtype)
+        x_TD = jnp.where((batch.visual.source >= 0)[:, None], placed, x_TD)
     x_TD = sharding_lib.constrain(x_TD, "T D", runtime.mesh, runtime.rules)
     return text.decode(params.layers, x_TD, batch, cache, config.text, runtime)
 

@@ -67,10 +67,15 @@ def decode(
     """All layers: the stream [T, D] before the final norm, and the updated cache."""
     rotary = angles(config.rope, config.head_dim, batch.positions)
     all_pages, all_scales = [], []
-    for weights, pages, scales in zip(layers, cache.pages, cache.scales, strict=True):
+    visual, batch = batch.visual, batch.replace(visual=None)  # no layer depends on its shapes
+    for i, (weights, pages, scales) in enumerate(
+        zip(layers, cache.pages, cache.scales, strict=True)
+    ):
         x_TD, pages, scales = decoder_layer(
             weights, x_TD, rotary, batch, pages, scales, config=config, runtime=runtime
         )
+        if visual is not None and i < visual.levels.shape[0]:  # DeepStack, after both residuals
+            x_TD = x_TD + visual.take(visual.levels[i]).astype(x_TD.dtype)
         all_pages.append(pages)
         all_scales.append(scales)
     return x_TD, KVCache(tuple(all_pages), tuple(all_scales))
