@@ -1,8 +1,8 @@
 """Which implementations of an operation exist, and which one a caller gets, with reasons.
 
-Knows names, platforms and the reasons an implementation gives for not running; knows nothing of what
-the operations compute. Implementations register when their module is imported, the best first, and a
-choice is made once, when a runtime is built, never inside a traced function.
+Knows names, platforms and the reasons an implementation gives for not running; knows nothing of
+what the operations compute. Implementations register when their module is imported, the best first,
+and a choice is made once, when a runtime is built, never inside a traced function.
 """
 
 import dataclasses

@@ -1,88 +1,46 @@
 """The functional generate loop: one jitted program that prefills and then decodes to the end.
 
 Knows token ids, arrays and when a row stops; knows no text and no requests. The loop's whole memory
-is a `State`, so a caller may run it to the end (`generate`), or a few steps at a time (`advance`).
+is a `State`, so a caller may run it to the end (`jit_generate`), or piece by piece:
 
-    start    prompt tokens of all rows, flat  ->  State with each row's first token
+    prefill  a chunk of the prompts' tokens, flat  ->  the stream at each row's last token
+    first    that stream                           ->  a State with each row's first token
     advance  while a row is alive and steps are left: one decode step for the rows alive
 """
 
-import dataclasses
-from functools import partial
+import inspect
+from dataclasses import fields, replace
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from qwen_jax import sampling
+from qwen_jax.generation_state import FAILED, LENGTH, RUNNING, STOP, Options, Rows, State
 from qwen_jax.model.cache import KVCache, RaggedBatch
 from qwen_jax.model.step import forward, last_of_rows, unembed
 from qwen_jax.runtime import Runtime
 from qwen_jax.weights.config import ModelConfig
 from qwen_jax.weights.params import Weights
 
-RUNNING, STOP, LENGTH, FAILED = range(4)  # State.finish
+__all__ = [
+    "FAILED",
+    "LENGTH",
+    "RUNNING",
+    "STOP",
+    "Options",
+    "Rows",
+    "State",
+    "advance",
+    "first",
+    "generate",
+    "jit_advance",
+    "jit_first",
+    "jit_generate",
+    "jit_prefill",
+    "prefill",
+]
+
 _LOGIT_BLOCK = 64  # tokens whose logits exist at once while prompt logprobs are made
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What a generate program computes; static, so that it compiles nothing it does not need.
-
-    Attributes:
-        features: the sampling options in use by any row.
-        new_tokens: the size of the output buffers, at least every row's ``max_tokens``.
-        logprobs: how many best tokens to report with each new token; None for no logprobs at all.
-        prompt_logprobs: the same for the prompt's tokens.
-    """
-
-    features: sampling.Features
-    new_tokens: int
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-
-
-@struct.dataclass
-class Rows:
-    """What the loop is told of each row.
-
-    Attributes:
-        sampling: the sampling parameters, stop ids and seeds.
-        max_tokens: int32 [B], how many tokens a row may generate; 0 for an unused row.
-        rope_delta: int32 [B], rotary position minus context position (0 for text).
-    """
-
-    sampling: sampling.RowSampling
-    max_tokens: jax.Array
-    rope_delta: jax.Array
-
-
-@struct.dataclass
-class State:
-    """Everything a generate loop remembers.
-
-    Attributes:
-        cache: keys and values.
-        page_table: int32 [B, W].
-        kv_lens: int32 [B], positions in the cache: all but the newest token.
-        tokens: int32 [B, new_tokens]; entry i of a row is its i-th new token, or says by a negative
-            number (see `sampling.check_tokens`) why there is none.
-        count: int32 [B], new tokens so far.
-        finish: int32 [B], `RUNNING`, `STOP`, `LENGTH` or `FAILED`.
-        counts: token counts for the penalties, or None.
-        logprobs: with [B, new_tokens, …] leaves, or None.
-        prompt_logprobs: with [T, …] leaves: entry t is about ``targets[t]``; or None.
-    """
-
-    cache: KVCache
-    page_table: jax.Array
-    kv_lens: jax.Array
-    tokens: jax.Array
-    count: jax.Array
-    finish: jax.Array
-    counts: sampling.Counts | None
-    logprobs: sampling.Logprobs | None
-    prompt_logprobs: sampling.Logprobs | None
 
 
 def prefill(
@@ -93,7 +51,7 @@ def prefill(
     cache: KVCache,
     targets: jax.Array | None,
     *,
-    options: Options,
+    num_logprobs: int | None,
 ) -> tuple[jax.Array, KVCache, sampling.Logprobs | None]:
     """Takes a chunk of the prompts into the cache.
 
@@ -103,54 +61,57 @@ def prefill(
         cache: what earlier chunks left, or an empty cache; donate it.
         targets: int32 [T], the token that follows each token of the chunk (-1 for none), where
             prompt logprobs are wanted.
-        options: static.
+        num_logprobs: static; how many best tokens to report with each target, None for no logprobs.
 
     Returns:
-        The stream [T, D], the cache, and the targets' logprobs or None.
+        The stream [B, D] at the last token of each row, the cache, and the targets' logprobs with
+        [T, …] leaves, or None.
     """
     x_TD, cache = forward(params, config, runtime, batch, cache)
     logprobs = None
-    if options.prompt_logprobs is not None:
-        logprobs = _prompt_logprobs(params, config, runtime, x_TD, targets, options.prompt_logprobs)
-    return x_TD, cache, logprobs
+    if num_logprobs is not None:
+        logprobs = _prompt_logprobs(params, config, runtime, x_TD, targets, num_logprobs)
+    return last_of_rows(x_TD, batch), cache, logprobs
 
 
-def start(
+def first(
     params: Weights,
     config: ModelConfig,
     runtime: Runtime,
-    batch: RaggedBatch,
+    x_BD: jax.Array,
     cache: KVCache,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
     rows: Rows,
     counts: sampling.Counts | None,
-    targets: jax.Array | None,
     *,
     options: Options,
 ) -> State:
-    """Prefills the prompts' last chunk and samples each row's first token.
+    """Samples each row's first token, once its whole prompt is in the cache.
 
     Args:
-        params, config, runtime, batch, cache, targets, options: as for `prefill`.
+        params, config, runtime: the model.
+        x_BD: from the `prefill` that took each row's last token.
+        cache, page_table, kv_lens: where the prompts are; donate the cache.
         rows: per-row settings.
         counts: of prompt tokens, where a penalty is in use.
+        options: static.
     """
-    x_TD, cache, prompt_logprobs = prefill(
-        params, config, runtime, batch, cache, targets, options=options
-    )
-    size = batch.kv_lens.shape[0]
+    size = kv_lens.shape[0]
+    zeros = jnp.zeros(size, jnp.int32)
     state = State(
         cache=cache,
-        page_table=batch.page_table,
-        kv_lens=batch.kv_lens,
+        page_table=page_table,
+        kv_lens=kv_lens,
+        newest=zeros,
         tokens=jnp.full((size, options.new_tokens), -1, jnp.int32),
-        count=jnp.zeros(size, jnp.int32),
+        count=zeros,
+        taken=zeros,
         finish=jnp.where(rows.max_tokens > 0, RUNNING, LENGTH).astype(jnp.int32),
         counts=counts,
         logprobs=_logprob_buffers(size, config, options),
-        prompt_logprobs=prompt_logprobs,
     )
-    logits_BV = unembed(params, last_of_rows(x_TD, batch), config, runtime)
-    return _take(state, logits_BV, rows, options)
+    return _take(state, unembed(params, x_BD, config, runtime), rows, options)
 
 
 def advance(
@@ -163,14 +124,17 @@ def advance(
     *,
     options: Options,
 ) -> State:
-    """Decodes until every row has finished, or ``steps`` (int32 scalar) tokens are added to each.
+    """Decodes until every row has finished, or ``steps`` (int32 scalar) tokens are added to each,
+    or the buffer of a running row is full.
 
     Finished rows bring no token: they cost no expert and write nothing to the cache.
     """
 
     def unfinished(carry: tuple[State, jax.Array]) -> jax.Array:
         state, done = carry
-        return (done < steps) & jnp.any(state.finish == RUNNING)
+        alive = state.finish == RUNNING
+        full = alive & (state.count - state.taken == options.new_tokens)
+        return (done < steps) & jnp.any(alive) & ~jnp.any(full)
 
     def decode(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
         state, done = carry
@@ -178,7 +142,7 @@ def advance(
         batch = _decode_batch(state, rows, alive)
         x_TD, cache = forward(params, config, runtime, batch, state.cache)
         logits_BV = unembed(params, last_of_rows(x_TD, batch), config, runtime)
-        state = state.replace(cache=cache, kv_lens=batch.kv_lens)
+        state = replace(state, cache=cache, kv_lens=batch.kv_lens)
         return _take(state, logits_BV, rows, options), done + 1
 
     return jax.lax.while_loop(unfinished, decode, (state, jnp.int32(0)))[0]
@@ -188,10 +152,9 @@ def _decode_batch(state: State, rows: Rows, alive: jax.Array) -> RaggedBatch:
     """The newest token of every row alive, packed to the front of the flat tokens."""
     size = alive.shape[0]
     row_starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(alive, dtype=jnp.int32)])
-    newest = jnp.take_along_axis(state.tokens, jnp.maximum(state.count - 1, 0)[:, None], 1)[:, 0]
     place = jnp.where(alive, row_starts[:-1], size)
-    flat = jnp.zeros((2, size), jnp.int32)
-    flat = flat.at[:, place].set(jnp.stack([newest, state.kv_lens + rows.rope_delta]), mode="drop")
+    newest = jnp.stack([state.newest, state.kv_lens + rows.rope_delta])
+    flat = jnp.zeros((2, size), jnp.int32).at[:, place].set(newest, mode="drop")
     return RaggedBatch(
         tokens=flat[0],
         positions=jnp.broadcast_to(flat[1], (3, size)),
@@ -213,7 +176,7 @@ def _take(state: State, logits_BV: jax.Array, rows: Rows, options: Options) -> S
         features=options.features,
     )
     size = alive.shape[0]
-    place = (jnp.arange(size), jnp.where(alive, state.count, options.new_tokens))
+    place = (jnp.arange(size), jnp.where(alive, state.count - state.taken, options.new_tokens))
     count = state.count + alive
     stops = jnp.any(rows.sampling.stop_ids == sampled.tokens[:, None], axis=1)
     stops &= count > rows.sampling.min_tokens
@@ -225,13 +188,13 @@ def _take(state: State, logits_BV: jax.Array, rows: Rows, options: Options) -> S
         counts = sampling.update_counts(counts, jnp.where(alive, sampled.tokens, -1))
     logprobs = state.logprobs
     if logprobs is not None:
-        new = sampling.Logprobs(
-            sampled.logprob, sampled.rank, sampled.top_ids, sampled.top_logprobs
+        buffers = {field.name: getattr(logprobs, field.name) for field in fields(logprobs)}
+        logprobs = sampling.Logprobs(
+            **{k: x.at[place].set(getattr(sampled, k), mode="drop") for k, x in buffers.items()}
         )
-        logprobs = jax.tree.map(
-            lambda buffer, x: buffer.at[place].set(x, mode="drop"), logprobs, new
-        )
-    return state.replace(
+    return replace(
+        state,
+        newest=jnp.where(alive, sampled.tokens, state.newest),
         tokens=state.tokens.at[place].set(sampled.tokens, mode="drop"),
         count=count,
         finish=jnp.where(alive, finish, state.finish).astype(jnp.int32),
@@ -272,15 +235,20 @@ def _prompt_logprobs(params, config, runtime, x_TD, targets_T, k: int) -> sampli
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:tokens], out)
 
 
-_STATIC = ("config", "runtime", "options")
-
-jit_prefill = partial(jax.jit, static_argnames=_STATIC, donate_argnames=("cache",))(prefill)
-jit_start = partial(jax.jit, static_argnames=_STATIC, donate_argnames=("cache",))(start)
-jit_advance = partial(jax.jit, static_argnames=_STATIC, donate_argnames=("state",))(advance)
+_STATIC = ("config", "runtime", "options", "num_logprobs")
 
 
-@partial(jax.jit, static_argnames=_STATIC, donate_argnames=("cache",))
-def jit_generate(
+def _jit(fn, *donated: str):
+    names = [name for name in _STATIC if name in inspect.signature(fn).parameters]
+    return jax.jit(fn, static_argnames=names, donate_argnames=donated)
+
+
+jit_prefill = _jit(prefill, "cache")
+jit_first = _jit(first, "cache")
+jit_advance = _jit(advance, "state")
+
+
+def generate(
     params: Weights,
     config: ModelConfig,
     runtime: Runtime,
@@ -288,10 +256,14 @@ def jit_generate(
     cache: KVCache,
     rows: Rows,
     counts: sampling.Counts | None,
-    targets: jax.Array | None,
     *,
     options: Options,
 ) -> State:
-    """`start`, then `advance` to the end, as one program."""
-    state = start(params, config, runtime, batch, cache, rows, counts, targets, options=options)
+    """`prefill`, `first`, then `advance` to the end; jitted, one program."""
+    x_BD, cache, _ = prefill(params, config, runtime, batch, cache, None, num_logprobs=None)
+    where = (batch.page_table, batch.kv_lens)
+    state = first(params, config, runtime, x_BD, cache, *where, rows, counts, options=options)
     return advance(params, config, runtime, state, rows, jnp.int32(2**30), options=options)
+
+
+jit_generate = _jit(generate, "cache")

@@ -6,39 +6,25 @@ a request is scheduled (`engine/`), nor anything of the command line or of HTTP.
 
 import dataclasses
 import logging
-import pathlib
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
-from qwen_jax.engine.capacity import plan_cache
-from qwen_jax.engine.offline import Offline
+from qwen_jax.engine.capacity import make_plan, prefill_limit
+from qwen_jax.engine.offline import Offline, Totals
 from qwen_jax.engine.static_batch import StaticBatch
+from qwen_jax.functional import auto_mesh, find_tokenizer
+from qwen_jax.inputs import Inputs, Messages, add_message, eos_ids, find_template
 from qwen_jax.prompt import fim, parsing
-from qwen_jax.prompt.chat import ChatTemplate, encode_chat
-from qwen_jax.prompt.tokenizer import Tokenizer
-from qwen_jax.requests import (
-    CompletionOutput,
-    Prompt,
-    PromptLike,
-    RequestOutput,
-    SamplingParams,
-    as_prompts,
-    check_prompt_keys,
-)
+from qwen_jax.requests import Prompt, PromptLike, SamplingParams, as_prompts
+from qwen_jax.results import RequestOutput
 from qwen_jax.runtime import Runtime
 from qwen_jax.sharding import Rules
 from qwen_jax.weights import checkpoint
-from qwen_jax.weights.config import ModelConfig
 
 log = logging.getLogger(__name__)
-
-_PREFILL_TOKENS = 8192  # of one prefill chunk, unless max_num_batched_tokens says otherwise
-
-Messages = Seq[Mapping[str, Any]]
 
 
 @dataclasses.dataclass
@@ -104,16 +90,24 @@ class LLM:
             model, load_format=load_format, revision=revision, cache_dir=cache_dir
         )
         config = checkpoint.read_config(source, overrides=config_overrides)
-        if mesh == "auto":
-            mesh = auto_mesh(config)
         self.runtime = Runtime.make(
-            mesh=mesh,
+            mesh=auto_mesh(config) if isinstance(mesh, str) and mesh == "auto" else mesh,
             strategy=strategy,
             dtype=dtype,
             kv_cache_dtype=kv_cache_dtype,
             kernels=kernels,
             page_size=page_size,
         )
+        chunk = prefill_limit(self.runtime, max_num_batched_tokens, max_num_seqs)
+        self.plan = make_plan(
+            config,
+            self.runtime,
+            quantization=quantization,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            hbm_utilization=hbm_utilization,
+        )
+        log.info("%s", self.plan)
         loaded = checkpoint.load(
             source,
             runtime=self.runtime,
@@ -124,27 +118,29 @@ class LLM:
         )
         self.config, self.params = loaded.config, loaded.params
         self.generation_config = loaded.generation_config
-        self.tokenizer, self.template = _text_side(loaded.directory, self.config.text.vocab_size)
-        self.max_model_len, pages = plan_cache(
-            self.config,
-            self.runtime,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            hbm_utilization=hbm_utilization,
+        self.tokenizer = find_tokenizer(loaded)
+        self.template = find_template(loaded)
+        self.max_model_len = self.plan.max_model_len
+        self._inputs = Inputs(
+            self.tokenizer,
+            self.template,
+            vocab_size=self.config.text.vocab_size,
+            max_model_len=self.max_model_len,
+            most_tokens=min(self.plan.kv_tokens, self.plan.model_limit),
         )
         batch = StaticBatch(
             self.params,
             self.config,
             self.runtime,
             self.tokenizer,
-            max_pages=pages,
+            max_pages=self.plan.pages,
             max_model_len=self.max_model_len,
-            max_prefill_tokens=max_num_batched_tokens or _PREFILL_TOKENS,
+            max_prefill_tokens=chunk,
         )
         self._offline = Offline(
             batch,
             self.tokenizer,
-            eos_ids=_eos_ids(self.config, self.generation_config),
+            eos_ids=eos_ids(self.config, self.generation_config),
             max_model_len=self.max_model_len,
             max_num_seqs=max_num_seqs,
             seed=seed,
@@ -169,7 +165,7 @@ class LLM:
         Raises:
             ValueError: an empty, too long or impossible prompt; it names which.
         """
-        ready = [self._prompt(p, f"prompt {i}") for i, p in enumerate(as_prompts(prompts))]
+        ready = [self._inputs.prompt(p, f"prompt {i}") for i, p in enumerate(as_prompts(prompts))]
         return self._offline.run(ready, self._params_for(params, len(ready)), use_tqdm=use_tqdm)
 
     def chat(
@@ -190,16 +186,16 @@ class LLM:
             "add_generation_prompt": add_generation_prompt,
             **(chat_template_kwargs or {}),
         }
-        prompts = [self._chat_prompt(c, options) for c in conversations]
+        prompts = [self._inputs.chat(c, options) for c in conversations]
         results = self._offline.run(
             prompts, self._params_for(params, len(prompts)), use_tqdm=use_tqdm
         )
-        for result in results:
+        for prompt, result in zip(prompts, results, strict=True):
             for output in result.outputs:
-                parser = self._parser(result.prompt or "", tools)
+                parser = self._inputs.parser(prompt, tools)
                 parser.push(output.text)
                 parser.finish()
-                _add_message(output, parser.message)
+                add_message(output, parser.message)
         return results
 
     def fill(
@@ -218,23 +214,30 @@ class LLM:
 
         Args:
             prefix, suffix: the code before and after.
-            params: as for `generate`; the FIM stop ids are added.
+            params: as for `generate`; the FIM stop ids end the text too.
             path, repo, files: for repository-level prompts, see `fim.encode_fim`.
             chat_wrapped: wrap the prompt as a user turn, as Qwen3-Coder-Instruct was trained;
                 None: where the checkpoint has a chat template.
         """
-        tokenizer = self._needs_tokenizer("fill")
-        template = self.template if chat_wrapped is not False else None
-        if chat_wrapped and template is None:
-            raise ValueError("chat_wrapped=True needs a chat template; this checkpoint has none")
-        ids = fim.encode_fim(
-            tokenizer, prefix, suffix, path=path, repo=repo, files=files, template=template
+        prompt = self.fill_prompt(
+            prefix, suffix, path=path, repo=repo, files=files, chat_wrapped=chat_wrapped
         )
-        text = fim.fim_prompt(prefix, suffix, path=path, repo=repo, files=files)
-        (given,) = self._params_for(params, 1)
-        stops = (*(given.stop_token_ids or ()), *fim.fim_stop_ids(tokenizer))
-        given = dataclasses.replace(given, stop_token_ids=stops)
-        return self._offline.run([Prompt(tuple(ids), text)], [given], use_tqdm=use_tqdm)
+        return self._offline.run([prompt], self._params_for(params, 1), use_tqdm=use_tqdm)
+
+    def fill_prompt(
+        self,
+        prefix: str,
+        suffix: str,
+        *,
+        path: str | None = None,
+        repo: str | None = None,
+        files: fim.Files | None = None,
+        chat_wrapped: bool | None = None,
+    ) -> Prompt:
+        """The prompt of `fill`, with the same arguments, for `generate` or `stream`."""
+        return self._inputs.fill(
+            prefix, suffix, path=path, repo=repo, files=files, chat_wrapped=chat_wrapped
+        )
 
     def stream(
         self,
@@ -247,118 +250,44 @@ class LLM:
         """Yields a completion (of a prompt) or an answer (to messages) while it is generated."""
         parser = None
         if isinstance(prompt_or_messages, str | Mapping | Prompt):
-            prompt = self._prompt(prompt_or_messages, "prompt")
+            prompt = self._inputs.prompt(prompt_or_messages)
         else:
             options = {"tools": tools, **(chat_template_kwargs or {})}
-            prompt = self._chat_prompt(prompt_or_messages, options)
-            parser = self._parser(prompt.text or "", tools)
+            prompt = self._inputs.chat(prompt_or_messages, options)
+            parser = self._inputs.parser(prompt, tools)
         (given,) = self._params_for(params, 1)
         for text, result in self._offline.stream(prompt, given):
             deltas = parser.push(text) if parser else []
             if result is not None and parser is not None:
                 deltas += parser.finish()
-                _add_message(result.outputs[0], parser.message)
+                add_message(result.outputs[0], parser.message)
             if text or deltas or result is not None:
                 yield StreamEvent(text, deltas, result)
 
-    # ---- from what users give to token ids -----------------------------------------------------
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The checkpoint's own, from its generation_config.json: what ``params=None`` means."""
+        return SamplingParams.from_generation_config(self.generation_config)
 
-    def _prompt(self, prompt: PromptLike, name: str) -> Prompt:
-        """Token ids of one prompt, checked."""
-        if isinstance(prompt, str):
-            prompt = {"prompt": prompt}
-        if isinstance(prompt, Mapping):
-            check_prompt_keys(prompt)
-            if prompt.get("multi_modal_data"):
-                raise ValueError(f"{name}: multi_modal_data needs a vision-language model")
-            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-            if ids is None:
-                ids = self._needs_tokenizer(name).encode(text)
-            prompt = Prompt(tuple(ids), text)
-        self._check(prompt.token_ids, name)
-        return prompt
-
-    def _chat_prompt(self, messages: Messages, options: Mapping[str, Any]) -> Prompt:
-        tokenizer = self._needs_tokenizer("chat")
-        if self.template is None:
-            raise ValueError("chat needs a chat template; this checkpoint has none: use generate")
-        ids = encode_chat(tokenizer, self.template, messages, **options)
-        self._check(ids, "messages")
-        return Prompt(tuple(ids), self.template.render(messages, **options))
-
-    def _check(self, ids: Seq[int], name: str) -> None:
-        vocab = self.config.text.vocab_size
-        if not ids:
-            raise ValueError(f"{name} is empty: it has no token to continue from")
-        for i in ids:
-            if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < vocab:
-                raise ValueError(f"{name}: token id {i!r} is not an integer in 0 .. {vocab - 1}")
-        if len(ids) >= self.max_model_len:
-            raise ValueError(
-                f"{name} has {len(ids):,} tokens, max_model_len is {self.max_model_len:,}: shorten "
-                "it, or raise max_model_len (one position must be left for the answer)"
-            )
-
-    def _needs_tokenizer(self, what: str) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ValueError(
-                f"{what}: this checkpoint directory has no tokenizer files; add tokenizer.json, or "
-                'give {"prompt_token_ids": [...]}'
-            )
-        return self.tokenizer
+    @property
+    def totals(self) -> Totals:
+        """Tokens and times of everything so far."""
+        return dataclasses.replace(self._offline.totals)
 
     def _params_for(
         self, params: SamplingParams | Seq[SamplingParams] | None, count: int
     ) -> list[SamplingParams]:
         if params is None:
-            params = SamplingParams.from_generation_config(self.generation_config)
+            params = self.get_default_sampling_params()
         if isinstance(params, SamplingParams):
             params = [params] * count
         if len(params) != count:
             raise ValueError(
                 f"{len(params)} sampling params for {count} prompts; give 1 or {count}"
             )
+        for i, each in enumerate(params):
+            each.check(
+                f"prompt {i}" if count > 1 else "prompt",
+                vocab_size=self.config.text.vocab_size,
+                has_tokenizer=self.tokenizer is not None,
+            )
         return list(params)
-
-    def _parser(self, prompt: str, tools) -> parsing.OutputParser:
-        assert self.template is not None
-        return parsing.OutputParser(
-            reasoning=parsing.reasoning_state(prompt),
-            tool_format=parsing.tool_format(self.template.source) if tools else None,
-            tools=tools,
-        )
-
-
-def auto_mesh(config: ModelConfig) -> dict[str, int]:
-    """All devices on the expert axis where it divides the experts, else on the tensor axis."""
-    n = len(jax.devices())
-    experts = config.text.num_experts
-    return {"expert": n} if experts and experts % n == 0 else {"tensor": n}
-
-
-def _text_side(directory: pathlib.Path | None, vocab: int):
-    """Tokenizer and chat template, each None where the checkpoint has none."""
-    tokenizer = template = None
-    if directory is not None:
-        try:
-            tokenizer = Tokenizer.from_dir(directory, padded_size=vocab)
-        except FileNotFoundError as error:
-            log.info("token ids only: %s", error)
-        try:
-            template = ChatTemplate.from_dir(directory)
-        except FileNotFoundError as error:
-            log.info("no chat: %s", error)
-    return tokenizer, template
-
-
-def _eos_ids(config: ModelConfig, generation_config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Ends of text by config.json and by generation_config.json, which often lists more."""
-    more = generation_config.get("eos_token_id")
-    more = [] if more is None else more if isinstance(more, list) else [more]
-    return tuple(dict.fromkeys([*config.eos_token_ids, *more]))
-
-
-def _add_message(output: CompletionOutput, message: parsing.Message) -> None:
-    output.reasoning_content = message.reasoning_content
-    output.content = message.content
-    output.tool_calls = list(message.tool_calls)

@@ -1,4 +1,4 @@
-"""What a caller asks and what comes back: sampling parameters, prompts, results.
+"""What a caller asks: sampling parameters and prompts.
 
 Knows names and limits of options, as users of vLLM type them; knows no array and no model.
 """
@@ -6,10 +6,9 @@ Knows names and limits of options, as users of vLLM type them; knows no array an
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
-
-FinishReason = Literal["stop", "length"]
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,8 +74,19 @@ class SamplingParams:
             raise ValueError("repetition_penalty=0 is not positive; 1.0 is off")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}")
-        if any(not s for s in self.stop_strings):
-            raise ValueError("stop holds an empty string, which would stop at once")
+        for text in self.stop_strings:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"stop={self.stop!r} holds {text!r}: give strings, not empty ones")
+        for name in _IDS:
+            ids = getattr(self, name)
+            if ids is not None:
+                object.__setattr__(self, name, tuple(_token_ids(ids, name)))
+        if self.allowed_token_ids == ():
+            raise ValueError(
+                "allowed_token_ids is empty: no token could be chosen; None allows all"
+            )
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
         if self.structured_outputs is not None:
             raise ValueError(
                 "structured_outputs is not supported yet: leave it out and check the output"
@@ -88,6 +98,33 @@ class SamplingParams:
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def check(self, name: str, *, vocab_size: int, has_tokenizer: bool) -> None:
+        """Holds the parameters against a checkpoint; ``name`` says whose they are in an error.
+
+        Raises:
+            ValueError: a token id outside the vocabulary, more logprobs than it has tokens, or stop
+                strings where there is no tokenizer.
+        """
+        for option in (*_IDS, "logit_bias"):
+            for token in getattr(self, option) or ():
+                if not 0 <= token < vocab_size:
+                    raise ValueError(
+                        f"{name}: {option} has token id {token}, which is not in "
+                        f"0 .. {vocab_size - 1}"
+                    )
+        for option in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, option)
+            if count is not None and count > vocab_size:
+                raise ValueError(
+                    f"{name}: {option}={count:,} exceeds the vocabulary of {vocab_size:,}; "
+                    "-1 reports all of it"
+                )
+        if self.stop_strings and not has_tokenizer:
+            raise ValueError(
+                f"{name}: stop={self.stop!r} needs a tokenizer, which this checkpoint has none of; "
+                "use stop_token_ids"
+            )
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "SamplingParams":
@@ -109,6 +146,31 @@ class SamplingParams:
         return cls(**{name: raw[name] for name in names if raw.get(name) is not None})
 
 
+def _token_ids(ids: Any, name: str) -> list[int]:
+    """Token ids as integers, NumPy's included."""
+    if isinstance(ids, str | Mapping) or not isinstance(ids, Iterable):
+        raise ValueError(f"{name}={ids!r} is not a list of token ids")
+    ids = list(ids)
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, numbers.Integral):
+            raise ValueError(f"{name}: token id {token!r} is not an integer")
+    return [int(token) for token in ids]
+
+
+def _logit_bias(bias: Any) -> dict[int, float]:
+    if not isinstance(bias, Mapping):
+        raise ValueError(f"logit_bias={bias!r} is not a mapping from token id to number")
+    for token, value in bias.items():
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, numbers.Real)
+            or not math.isfinite(value)
+        ):
+            raise ValueError(f"logit_bias of token {token!r} is {value!r}, not a finite number")
+    return dict(zip(_token_ids(bias.keys(), "logit_bias"), bias.values(), strict=True))
+
+
+_IDS = ("stop_token_ids", "allowed_token_ids")
 _BIG = 2**31 - 1
 _RANGES = (
     ("n", 1, 1024),
@@ -130,76 +192,18 @@ _MAY_BE_NONE = {"seed", "max_tokens", "logprobs", "prompt_logprobs"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Logprob:
-    """Log-probability of a token under the unmodified distribution, its rank (1 is the best)."""
-
-    logprob: float
-    rank: int
-    decoded_token: str | None
-
-
-@dataclasses.dataclass
-class Metrics:
-    """Times in seconds, of one request.
-
-    Attributes:
-        prompt_tokens, generated_tokens: counts.
-        time_to_first_token: from the start of its batch to its first token.
-        generation_time: from the first token to the last.
-    """
-
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    time_to_first_token: float = 0.0
-    generation_time: float = 0.0
-
-
-@dataclasses.dataclass
-class CompletionOutput:
-    """One completion. ``reasoning_content`` and ``tool_calls`` are filled by `LLM.chat`.
-
-    Attributes:
-        index: which of the ``n``.
-        text: without the stop string or special tokens, unless asked for.
-        token_ids: new tokens, the stop token included.
-        cumulative_logprob: sum over ``token_ids``, or None without ``logprobs``.
-        logprobs: per token a dict by token id, or None.
-        finish_reason: "stop" or "length".
-        stop_reason: the stop string or stop token id of the request that matched, or None.
-        reasoning_content, content, tool_calls: the text, parsed.
-    """
-
-    index: int
-    text: str
-    token_ids: list[int]
-    cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Logprob]] | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-    reasoning_content: str | None = None
-    content: str | None = None
-    tool_calls: list[Any] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass
-class RequestOutput:
-    """The result of one prompt; ``prompt_logprobs[0]`` is None, since nothing precedes it."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    prompt_logprobs: list[dict[int, Logprob] | None] | None
-    outputs: list[CompletionOutput]
-    finished: bool = True
-    metrics: Metrics = dataclasses.field(default_factory=Metrics)
-
-
-@dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt as token ids, with the text it came from, if any."""
+    """A prompt as token ids.
+
+    Attributes:
+        token_ids: at least one.
+        text: it came from, if any.
+        stop_ids: end the text besides the checkpoint's own, and are ignored with them.
+    """
 
     token_ids: tuple[int, ...]
     text: str | None = None
+    stop_ids: tuple[int, ...] = ()
 
 
 PromptLike = str | Mapping[str, Any] | Prompt
@@ -218,7 +222,7 @@ def as_prompts(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
     prompts = list(prompts)
     if not prompts:
         raise ValueError("prompts is an empty list; give at least one prompt")
-    if all(isinstance(p, int) for p in prompts):
+    if all(isinstance(p, numbers.Integral) for p in prompts):
         raise ValueError('a list of token ids is written {"prompt_token_ids": [...]}')
     return prompts
 

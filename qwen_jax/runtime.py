@@ -8,7 +8,6 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -119,7 +118,7 @@ class Runtime:
         kernels: str | Mapping[str, str] = "auto",
         page_size: int = 64,
         buckets: Buckets | None = None,
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence | None = None,
     ) -> "Runtime":
         """Resolves every "auto" once, and logs what was decided and why.
 

@@ -19,7 +19,7 @@ import numpy as np
 from flax import struct
 
 from qwen_jax import sampling_select as select
-from qwen_jax.sampling_draw import draw
+from qwen_jax.sampling_draw import draw, scale, truncate
 from qwen_jax.sampling_rows import (
     GREEDY_BELOW,
     Counts,
@@ -42,6 +42,7 @@ __all__ = [
     "Sampled",
     "check_tokens",
     "pack_allowed",
+    "probabilities",
     "prompt_logprobs",
     "sample",
     "set_row",
@@ -101,21 +102,44 @@ def sample(
     do not fit.
     """
     _check_shapes(logits_BV, rows, counts, position, features)
-    raw_max, _ = select.argmax(logits_BV)
-    processed_BV = process(logits_BV, rows, counts, position, features)
+    # A maximum need not hand a NaN through (XLA:CPU's does or does not, by the length of the row),
+    # but infinity it must. Looked for before masks: a NaN is a fault wherever it is.
+    known_BV = jnp.where(jnp.isnan(logits_BV), jnp.inf, logits_BV)
+    raw_max, _ = select.argmax(known_BV)
+    processed_BV = process(known_BV, rows, counts, position, features)
     best_logit, best = select.argmax(processed_BV)
     tokens = best
     if not features.greedy_only:
         drawn = draw(processed_BV, best_logit, rows, position=position, features=features)
         tokens = jnp.where(rows.temperature < GREEDY_BELOW, best, drawn)
     tokens = jnp.where(best_logit == -jnp.inf, NO_TOKEN_LEFT, tokens)
-    # The maximum hands NaN and +inf through, wherever in the row they are.
     usable = jnp.isfinite(raw_max) & (best_logit < jnp.inf)
     tokens = jnp.where(usable, tokens, NOT_FINITE).astype(jnp.int32)
     if num_logprobs is None:
         return Sampled(tokens)
     of = prompt_logprobs(logits_BV, tokens, num_logprobs)
     return Sampled(tokens, of.logprob, of.rank, of.top_ids, of.top_logprobs)
+
+
+def probabilities(
+    logits_BV: jax.Array,
+    rows: RowSampling,
+    *,
+    counts: Counts | None,
+    position: jax.Array,
+    features: Features,
+) -> jax.Array:
+    """What `sample` draws each token with: float32 [B, V], 0 for tokens that are dropped.
+
+    Arguments as in `sample`. A greedy row holds a single 1; a row without a token holds NaN.
+    """
+    _check_shapes(logits_BV, rows, counts, position, features)
+    processed_BV = process(logits_BV, rows, counts, position, features)
+    best_logit, best = select.argmax(processed_BV)
+    weights_BV = jnp.exp(truncate(scale(processed_BV, best_logit, rows), rows, features))
+    drawn_BV = weights_BV / select.total(weights_BV)[:, None]
+    greedy_BV = jax.nn.one_hot(best, logits_BV.shape[1]) + 0 * best_logit[:, None]
+    return jnp.where(rows.temperature[:, None] < GREEDY_BELOW, greedy_BV, drawn_BV)
 
 
 def prompt_logprobs(logits_TV: jax.Array, targets_T: jax.Array, num_logprobs: int) -> Logprobs:

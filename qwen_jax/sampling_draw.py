@@ -44,13 +44,10 @@ def draw(
     if any row's does not (a nucleus of thousands of tokens), the whole vocabulary is done, and
     taken for such rows. The noise of a token is the same in both.
     """
-    greedy = rows.temperature < GREEDY_BELOW
-    temperature = jnp.where(greedy, 1.0, rows.temperature)
     vocab_size = logits_BV.shape[1]
 
     def scaled(x: jax.Array) -> jax.Array:
-        # Relative to the best logit: in logit / 1e-4 the noise would drown.
-        return (x - best_B[:, None]) / temperature[:, None]
+        return scale(x, best_B, rows)
 
     def choose(x: jax.Array, ids: jax.Array) -> jax.Array:
         _, place = select.argmax(x + gumbel(rows.seed, position, ids))
@@ -70,12 +67,19 @@ def draw(
         scaled(near.values), floor, lambda: scaled(logits_BV), rows, features
     )
     tokens = choose(_cut(scaled(near.values), cutoff), near.indices)
-    settled = exact | greedy
+    settled = exact | (rows.temperature < GREEDY_BELOW)
     return lax.cond(
         jnp.all(settled),
         lambda: tokens,
         lambda: jnp.where(settled, tokens, draw_from_all()),
     )
+
+
+def scale(x: jax.Array, best: jax.Array, rows: RowSampling) -> jax.Array:
+    """Step 5: (x - best) / temperature for x float32 [B, C] and best [B]; greedy rows take 1."""
+    temperature = jnp.where(rows.temperature < GREEDY_BELOW, 1.0, rows.temperature)
+    # Relative to the best logit: in logit / 1e-4 the noise would drown.
+    return (x - best[:, None]) / temperature[:, None]
 
 
 def truncate(x: jax.Array, rows: RowSampling, features: Features) -> jax.Array:

@@ -18,7 +18,7 @@ LARGEST = xla.LARGEST
 
 @struct.dataclass
 class PagedOut:
-    """What `paged_attention` returns: out [T, N, H] in q's dtype, and the cache with the new tokens."""
+    """What `paged_attention` returns: out [T, N, H] in q's dtype, and the cache after the write."""
 
     out_TNH: jax.Array
     pages: jax.Array
@@ -38,7 +38,7 @@ def paged_attention(
     scales: jax.Array | None = None,
     impl: str = "xla",
 ) -> PagedOut:
-    """Writes the new keys and values to their pages, then attends to all positions up to each token's.
+    """Writes the new keys and values to their pages, then attends causally over each row's pages.
 
     Row b owns the flat tokens ``row_starts[b]:row_starts[b + 1]``; its i-th stands at position
     ``kv_lens[b] - (row_starts[b + 1] - row_starts[b]) + i``.
@@ -66,14 +66,14 @@ def paged_attention(
     """
     _check(q_TNH, k_TKH, v_TKH, pages, row_starts, kv_lens, page_table, scales)
     out, pages, scales = registry.get("paged_attention", impl).fn(
-        q_TNH,
-        k_TKH,
-        v_TKH,
-        pages,
-        scales,
-        row_starts=row_starts.astype(jnp.int32),
-        kv_lens=kv_lens.astype(jnp.int32),
-        page_table=page_table.astype(jnp.int32),
+        jnp.asarray(q_TNH),
+        jnp.asarray(k_TKH),
+        jnp.asarray(v_TKH),
+        jnp.asarray(pages),
+        None if scales is None else jnp.asarray(scales),
+        row_starts=jnp.asarray(row_starts, jnp.int32),
+        kv_lens=jnp.asarray(kv_lens, jnp.int32),
+        page_table=jnp.asarray(page_table, jnp.int32),
         sm_scale=sm_scale,
     )
     return PagedOut(out, pages, scales)

@@ -1,76 +1,245 @@
-"""Paged attention in XLA (first simple form)."""
+"""Paged attention in XLA: the definition of correct, for any platform.
+
+1. *Write*: one scatter puts every new key and value into its page (padding tokens are dropped).
+   XLA updates a donated cache in place; only float8 pages on CPU cost a copy (see `narrow`).
+2. *Tiles*: the rows are cut into tiles of consecutive query tokens of one row. Rows with a single
+   new token (decode) make tiles of height 1, sorted by length, `LANES` of which advance together;
+   longer rows make tall tiles, taken one at a time. When T <= B every row has one token at most,
+   and only the first kind is compiled.
+3. *Blocks*: a tile walks over the pages of its row, `BLOCK` positions at a time, with an online
+   softmax, and stops at the last position its own tokens may see:
+
+        positions   0 ........ BLOCK ...... 2 BLOCK ....
+        token i     [ all seen ][ all seen ][ seen|masked ]  -> next blocks are never read
+        top, total, acc = merge(top, total, acc; block)
+
+Trip counts depend on the data, so the cost of a row follows its own length, not the longest row's
+and not the page table's width; scores are never larger than a tile by a block.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 
-from pallas_kernels import registry
+from pallas_kernels import narrow, registry
 
+# Largest magnitude of each narrow cache dtype.
 LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0}
 
-
-def quantize(kv, dtype):
-    largest = LARGEST[jnp.dtype(dtype).name]
-    kv = kv.astype(jnp.float32)
-    amax = jnp.max(jnp.abs(kv), axis=-1)
-    scale = jnp.where(amax > 0, amax / largest, 1.0)
-    scaled = kv / scale[..., None]
-    values = jnp.round(scaled) if dtype == jnp.int8 else scaled
-    return jnp.clip(values, -largest, largest).astype(dtype), scale
+# Key positions per step of the online softmax.
+BLOCK = 256
+# Query rows (tokens times heads) that a tall tile aims at.
+TALL_ROWS = 2048
+# Decode tiles that advance together, by platform.
+LANES = {"cpu": 4, "default": 64}
 
 
 def paged_attention(
     q_TNH, k_TKH, v_TKH, pages, scales, *, row_starts, kv_lens, page_table, sm_scale
 ):
-    (T, N, H), K = q_TNH.shape, k_TKH.shape[1]
-    B, W = page_table.shape
+    """`pallas_kernels.paged_attention`, on checked arguments, as a tuple (out, pages, scales)."""
+    if q_TNH.shape[0] == 0:
+        return q_TNH, pages, scales
+    rows = _Rows(row_starts, kv_lens)
     num_pages, page_size = pages.shape[:2]
-    token = jnp.arange(T)
-    row_T = jnp.searchsorted(row_starts[1:], token, side="right")
-    row = jnp.minimum(row_T, B - 1)
-    valid = token < row_starts[B]
-    position = kv_lens[row] - row_starts[row + 1] + token
-    page = page_table[row, jnp.clip(position // page_size, 0, W - 1)]
-    page = jnp.where(valid, page, num_pages)
-    kv = jnp.stack([k_TKH, v_TKH], 2).reshape(T, 2 * K, H)
-    if scales is not None:
-        kv, scale = quantize(kv, pages.dtype)
-        scales = scales.at[page, position % page_size].set(scale, mode="drop")
-    pages = pages.at[page, position % page_size].set(kv.astype(pages.dtype), mode="drop")
+    # Entries behind a row's context may be anything; whole blocks of them are read, and masked.
+    table = jnp.clip(page_table, 0, num_pages - 1)
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % max(1, BLOCK // page_size))))
+    cache = _Cache(narrow.as_bytes(pages), scales, table, pages.dtype)
+    cache = _write(k_TKH, v_TKH, cache, rows)
+    out = _attend(q_TNH, cache, rows, sm_scale)
+    return out, narrow.from_bytes(cache.pages, pages.dtype), cache.scales
 
-    G = N // K
 
-    def one(t, out):
-        b = row[t]
-        q = q_TNH[t].reshape(K, G, H).astype(jnp.float32) * sm_scale
+@struct.dataclass
+class _Cache:
+    """The pages (float8 as bytes), their scales, and the page table in whole blocks."""
 
-        def block(j, carry):
-            top, total, acc = carry
-            p = page_table[b, j]
-            kv = lax.dynamic_index_in_dim(pages, p, keepdims=False).astype(jnp.float32)
-            if scales is not None:
-                kv = kv * lax.dynamic_index_in_dim(scales, p, keepdims=False)[..., None]
-            kv = kv.reshape(page_size, K, 2, H)
-            ok = j * page_size + jnp.arange(page_size) <= position[t]
-            kv = jnp.where(ok[:, None, None, None], kv, 0)
-            s = jnp.einsum("KGH,SKH->KGS", q, kv[:, :, 0])
-            s = jnp.where(ok, s, -jnp.inf)
-            new = jnp.maximum(top, s.max(-1))
-            fix = jnp.exp(top - new)
-            w = jnp.exp(s - new[..., None])
-            acc = acc * fix[..., None] + jnp.einsum("KGS,SKH->KGH", w, kv[:, :, 1])
-            return new, total * fix + w.sum(-1), acc
+    pages: jax.Array
+    scales: jax.Array | None
+    table: jax.Array
+    dtype: jax.typing.DTypeLike = struct.field(pytree_node=False)
 
-        init = (jnp.full((K, G), -1e30), jnp.zeros((K, G)), jnp.zeros((K, G, H)))
-        _, total, acc = lax.fori_loop(0, position[t] // page_size + 1, block, init)
-        return out.at[t].set((acc / total[..., None]).reshape(N, H).astype(out.dtype))
+    def read(self, page, combined_head, dtype):
+        """Whole pages of some heads: [..., page_size, H] in ``dtype``."""
+        return narrow.from_bytes(self.pages[page, :, combined_head], self.dtype).astype(dtype)
 
-    out = lax.fori_loop(0, jnp.minimum(row_starts[B], T), one, jnp.zeros_like(q_TNH))
-    return out, pages, scales
+
+@struct.dataclass
+class _Tiles:
+    """int32 [tiles] each: the row, its first flat token, how many, and that token's position."""
+
+    row: jax.Array
+    token: jax.Array
+    tokens: jax.Array
+    position: jax.Array
+
+
+@struct.dataclass
+class _Rows:
+    """Where each row's tokens stand in the batch and in its context."""
+
+    start: jax.Array
+    kv_lens: jax.Array
+
+    @property
+    def lengths(self):
+        """int32 [B], new tokens of each row."""
+        return self.start[1:] - self.start[:-1]
+
+    def single(self, T: int) -> _Tiles:
+        """One tile for each of T flat tokens; padding behind the last row has ``tokens`` 0."""
+        token = jnp.arange(T, dtype=jnp.int32)
+        row = jnp.sum(token[:, None] >= self.start[1:], axis=1, dtype=jnp.int32)
+        row = jnp.minimum(row, self.kv_lens.shape[0] - 1)
+        tokens = (token < self.start[-1]).astype(jnp.int32)
+        return _Tiles(row, token, tokens, (self.kv_lens - self.start[1:])[row] + token)
+
+    def tiles(self, wanted, height: int, most: int):
+        """Cuts the rows chosen by ``wanted`` [B] into tiles of up to ``height`` tokens.
+
+        Returns:
+            The number of tiles, and `_Tiles` of the static size ``most`` (a bound on the number).
+        """
+        lengths = jnp.where(wanted, self.lengths, 0)
+        tiles_B = -(-lengths // height)
+        last_B = jnp.cumsum(tiles_B)
+        tile = jnp.arange(most, dtype=jnp.int32)
+        row = jnp.sum(tile[:, None] >= last_B, axis=1, dtype=jnp.int32)
+        row = jnp.minimum(row, lengths.shape[0] - 1)
+        offset = (tile - (last_B - tiles_B)[row]) * height
+        tokens = jnp.where(tile < last_B[-1], jnp.clip(lengths[row] - offset, 0, height), 0)
+        position = (self.kv_lens - self.lengths)[row] + offset
+        return last_B[-1], _Tiles(row, self.start[row] + offset, tokens, position)
+
+
+def quantize(x, dtype):
+    """[..., H] -> values in ``dtype`` and float32 scales [...]: amax over H fills the range."""
+    largest = LARGEST[jnp.dtype(dtype).name]
+    x = x.astype(jnp.float32)
+    amax = jnp.max(jnp.abs(x), axis=-1)
+    scale = jnp.where(amax > 0, amax / largest, 1.0)
+    x = x / scale[..., None]
+    x = jnp.round(x) if jnp.issubdtype(dtype, jnp.integer) else x
+    return jnp.clip(x, -largest, largest).astype(dtype), scale
+
+
+def _write(k_TKH, v_TKH, cache, rows):
+    T, K, H = k_TKH.shape
+    num_pages, page_size = cache.pages.shape[:2]
+    at = rows.single(T)
+    page = cache.table[at.row, jnp.clip(at.position // page_size, 0, cache.table.shape[1] - 1)]
+    slots = jnp.where(at.tokens > 0, page, num_pages), at.position % page_size
+    kv = jnp.stack([k_TKH, v_TKH], axis=2).reshape(T, 2 * K, H)
+    scales = cache.scales
+    if scales is None:
+        kv = kv.astype(cache.dtype)
+    else:
+        kv, scale = quantize(kv, cache.dtype)
+        scales = scales.at[slots].set(scale, mode="drop")
+    pages = cache.pages.at[slots].set(narrow.as_bytes(kv), mode="drop")
+    return cache.replace(pages=pages, scales=scales)
+
+
+def _attend(q_TNH, cache, rows, sm_scale):
+    T, N, _ = q_TNH.shape
+    B = rows.kv_lens.shape[0]
+    out = jnp.zeros_like(q_TNH)
+    if T <= B:
+        count, tiles = jnp.minimum(rows.start[-1], T), rows.single(T)
+    else:
+        count, tiles = rows.tiles(rows.lengths == 1, 1, min(T, B))
+    # Tiles that advance together should be of like length; those of no tokens go last.
+    order = jnp.argsort(jnp.where(tiles.tokens > 0, tiles.position, jnp.iinfo(jnp.int32).max))
+    tiles = jax.tree.map(lambda a: a[order], tiles)
+
+    def short(out, lanes):
+        return _walk(out, q_TNH, cache, sm_scale, count, tiles, 1, min(lanes, T, B))
+
+    out = lax.platform_dependent(
+        out,
+        cpu=functools.partial(short, lanes=LANES["cpu"]),
+        default=functools.partial(short, lanes=LANES["default"]),
+    )
+    if T <= B:
+        return out
+    height = max(1, min(T, TALL_ROWS // N))
+    count, tiles = rows.tiles(rows.lengths > 1, height, T // height + min(B, T // 2))
+    return _walk(out, q_TNH, cache, sm_scale, count, tiles, height, 1)
+
+
+def _walk(out, q_TNH, cache, sm_scale, count, tiles, height, lanes):
+    """Attends tile after tile, ``lanes`` at once, and scatters what they give into ``out``."""
+    T, N, H = q_TNH.shape
+    K = cache.pages.shape[2] // 2
+    pad = -tiles.row.shape[0] % lanes
+    tiles = jax.tree.map(lambda a: jnp.pad(a, (0, pad)), tiles)
+
+    def step(i, out):
+        now = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, i * lanes, lanes), tiles)
+        token = now.token[:, None] + jnp.arange(height)
+        q = q_TNH[jnp.minimum(token, T - 1)].reshape(lanes, height, K, N // K, H)
+        q = jnp.einsum("UtKGH->UKtGH", q).reshape(lanes, K, -1, H)
+        y = _online(q, cache, now, sm_scale, height)
+        y = jnp.einsum("UKtGH->UtKGH", y.reshape(lanes, K, height, -1, H))
+        token = jnp.where(jnp.arange(height) < now.tokens[:, None], token, T)
+        return out.at[token].set(y.reshape(lanes, height, N, H).astype(out.dtype), mode="drop")
+
+    return lax.fori_loop(0, -(-count // lanes), step, out)
+
+
+def _online(q, cache, tiles, sm_scale, height):
+    """Attention of ``q`` [lanes, K, rows, H] (rows = height * G) over its pages, in float32."""
+    lanes, K, R, H = q.shape
+    page_size = cache.pages.shape[1]
+    per_block = max(1, BLOCK // page_size)
+    S = per_block * page_size
+    head = 2 * jnp.arange(K)[:, None]
+    table = cache.table[tiles.row]
+    row_position = tiles.position[:, None] + jnp.repeat(jnp.arange(height), R // height)
+    last = tiles.position + tiles.tokens - 1
+
+    def block(j, carry):
+        top, total, acc = carry
+        page = lax.dynamic_slice_in_dim(table, j * per_block, per_block, axis=1)[:, None]
+        position = j * S + jnp.arange(S)
+        # Gathered head by head, [lanes, K, pages, page_size, H], so that no product needs a
+        # transposed copy.
+        keys = cache.read(page, head, q.dtype).reshape(lanes, K, S, H)
+        values = cache.read(page, head + 1, q.dtype).reshape(lanes, K, S, H)
+        # Values nobody of the tile sees may be NaN, and 0 * NaN is no 0.
+        used = (position <= last[:, None])[:, None, :]
+        values = jnp.where(used[..., None], values, 0)
+        scores = jnp.einsum("UKRH,UKSH->UKRS", q, keys, preferred_element_type=jnp.float32)
+        scores = scores * sm_scale
+        if cache.scales is not None:
+            scores = scores * cache.scales[page, :, head].reshape(lanes, K, 1, S)
+        seen = position <= row_position[:, :, None]
+        scores = jnp.where(seen[:, None], scores, -jnp.inf)
+        # Position 0 is seen by every token, so this is finite from the first block on.
+        new = jnp.maximum(top, scores.max(-1))
+        decay = jnp.exp(top - new)
+        weights = jnp.exp(scores - new[..., None])
+        total = total * decay + weights.sum(-1)
+        if cache.scales is not None:
+            scale = cache.scales[page, :, head + 1].reshape(lanes, K, S)
+            weights = weights * jnp.where(used, scale, 0)[:, :, None]
+        acc = acc * decay[..., None] + jnp.einsum(
+            "UKRS,UKSH->UKRH", weights.astype(q.dtype), values, preferred_element_type=jnp.float32
+        )
+        return new, total, acc
+
+    start = (jnp.full((lanes, K, R), -1e30), jnp.zeros((lanes, K, R)), jnp.zeros((lanes, K, R, H)))
+    blocks = jnp.max(jnp.where(tiles.tokens > 0, last // S + 1, 0))
+    _, total, acc = lax.fori_loop(0, blocks, block, start)
+    return acc / jnp.where(total > 0, total, 1.0)[..., None]
 
 
 def supports(platform: str, **facts) -> str | None:
-    """Runs everything, everywhere."""
+    """Runs every case on every platform."""
     return None
 
 

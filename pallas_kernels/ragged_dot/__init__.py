@@ -53,12 +53,17 @@ def ragged_dot(
         ValueError: shapes, dtypes, scale and blocks do not fit together.
     """
     _check(x_MD, w, group_sizes, scale, blocks, activation)
+    if isinstance(first_expert, int) and not 0 <= first_expert <= len(group_sizes) - len(w):
+        raise ValueError(
+            f"ragged_dot: experts {first_expert} .. {first_expert + len(w) - 1} "
+            f"of only {len(group_sizes)}"
+        )
     fn = registry.get("ragged_dot", impl).fn
     return fn(
-        x_MD,
-        w,
-        group_sizes.astype(jnp.int32),
-        scale=scale,
+        jnp.asarray(x_MD),
+        jnp.asarray(w),
+        jnp.asarray(group_sizes, jnp.int32),
+        scale=None if scale is None else jnp.asarray(scale),
         blocks=blocks,
         activation=activation,
         first_expert=jnp.asarray(first_expert, jnp.int32),
@@ -95,7 +100,7 @@ def _check(x_MD, w, group_sizes, scale, blocks, activation) -> None:
 
 def _check_scale(w, scale, blocks) -> None:
     if len(blocks) != w.ndim or any(b < 1 for b in blocks):
-        raise ValueError(f"ragged_dot: blocks {blocks} must name one size >= 1 per axis of {w.shape}")
+        raise ValueError(f"ragged_dot: blocks {blocks} use one size >= 1 per axis of w {w.shape}")
     wanted = tuple(math.ceil(n / b) for n, b in zip(w.shape, blocks, strict=True))
     if scale.shape != wanted:
         raise ValueError(

@@ -1,60 +1,207 @@
-"""Ragged products in XLA: a loop over (expert, row tile) pairs that exist."""
+"""Routed expert products in XLA: the definition of correct, and the fast path on CPU.
+
+Cost follows the routing: loops with data-dependent trip counts visit only experts that have rows,
+and only rows that exist. Two forms, chosen by static sizes alone (M rows, R experts in all):
+
+`_skinny`, up to `SKINNY_MEAN` rows per expert on average (decode). One item is one expert and up to
+four of its rows. A dot needs its operand as a buffer of its own, so XLA:CPU copies a dynamically
+sliced matrix before multiplying it. Here the product is written as elementwise arithmetic instead,
+which XLA fuses with the slice: the weights are read once, where they lie, converted in registers if
+they are narrow, and both cores take half.
+
+    y[c, m, n] = sum_{j < J} x[m, c, j] * w[expert, c, j, n]       D = C * J, unrolled over j
+    y[m, n]    = sum_c y[c, m, n]
+
+`_wide` (prefill). Each active expert's matrix is sliced (and dequantised) once; an inner loop
+multiplies tiles of `TILE` of its rows by it with an ordinary dot.
+
+"""
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 
-from pallas_kernels import registry
+from pallas_kernels import narrow, registry
+
+SKINNY_MEAN = 4
+HEIGHTS = (1, 2, 4)
+STRIPS = (16, 8, 4, 2, 1)
+TILE = 16
 
 
 def ragged_dot(x_MD, w, group_sizes, *, scale, blocks, activation, first_expert, out_dtype):
-    M, _ = x_MD.shape
-    E, F = w.shape[0], w.shape[-1]
-    out = jnp.zeros((M, F), out_dtype)
+    """`pallas_kernels.ragged_dot`, on checked arguments."""
+    M = x_MD.shape[0]
     if M == 0:
-        return out
-    m = min(M, 8 if M <= 512 else 64)
-    ends_R = jnp.cumsum(group_sizes)
-    local = first_expert + jnp.arange(E)
-    ends_E = ends_R[local]
-    sizes_E = group_sizes[local]
-    starts_E = ends_E - sizes_E
-    last_E = jnp.cumsum(-(-sizes_E // m))
-
-    def tile(t, out):
-        e = jnp.searchsorted(last_E, t, side="right").astype(jnp.int32)
-        first = starts_E[e] + (t - (last_E[e] - -(-sizes_E[e] // m))) * m
-        start = jnp.minimum(first, M - m)
-        row = start + jnp.arange(m)
-        x = lax.dynamic_slice_in_dim(x_MD, start, m)
-        y = _product(x, _expert(w, scale, blocks, e, x.dtype), activation).astype(out_dtype)
-        old = lax.dynamic_slice_in_dim(out, start, m)
-        keep = (row >= first) & (row < ends_E[e])
-        return lax.dynamic_update_slice_in_dim(out, jnp.where(keep[:, None], y, old), start, 0)
-
-    return lax.fori_loop(0, last_E[-1], tile, out)
+        return jnp.zeros((0, w.shape[-1]), out_dtype)
+    experts = _Experts(w, scale, blocks, activation)
+    mean = M / group_sizes.shape[0]
+    form = _skinny if mean <= SKINNY_MEAN else _wide
+    return form(x_MD, experts, _spans(group_sizes, first_expert, w.shape[0]), out_dtype)
 
 
-def _expert(w, scale, blocks, e, dtype):
-    w = lax.dynamic_index_in_dim(w, e, keepdims=False)
-    if scale is None:
-        return w.astype(dtype)
-    scale = lax.dynamic_index_in_dim(scale, e // blocks[0], keepdims=False).astype(jnp.float32)
-    for axis, (size, block) in enumerate(zip(w.shape, blocks[1:], strict=True)):
-        if scale.shape[axis] > 1 and block > 1:
-            scale = lax.slice_in_dim(jnp.repeat(scale, block, axis), 0, size, axis=axis)
-    return (w.astype(jnp.float32) * scale).astype(dtype)
+@struct.dataclass
+class _Experts:
+    """The weights with what is needed to read one expert of them."""
+
+    w: jax.Array
+    scale: jax.Array | None
+    blocks: tuple[int, ...] | None = struct.field(pytree_node=False)
+    activation: str | None = struct.field(pytree_node=False)
+
+    @property
+    def width(self) -> int:
+        """Columns of one expert's matrix: F, or 2 F for a (gate, up) pair."""
+        return math.prod(self.w.shape[2:])
+
+    def strip(self) -> int:
+        """J: how many rows of a matrix one partial sum takes; never across a scale's border."""
+        D = self.w.shape[1]
+        block = D if self.blocks is None else self.blocks[1]
+        return next(J for J in STRIPS if D % J == 0 and (block >= D or block % J == 0))
+
+    def scales(self, e, strip: int):
+        """The scales of expert ``e``: [D // strip or 1, width or 1], one row per strip of D."""
+        assert self.scale is not None and self.blocks is not None
+        scale = lax.dynamic_index_in_dim(self.scale, e // self.blocks[0], keepdims=False)
+        scale = scale.astype(jnp.float32)
+        sizes = (self.w.shape[1] // strip, *self.w.shape[2:])
+        blocks = (max(1, self.blocks[1] // strip), *self.blocks[2:])
+        for axis, (size, block) in enumerate(zip(sizes, blocks, strict=True)):
+            if axis == 0 and scale.shape[0] == 1:
+                continue
+            scale = jnp.repeat(scale, block, axis)[(slice(None),) * axis + (slice(size),)]
+        return scale.reshape(scale.shape[0], -1)
+
+    def strips(self, e, J: int):
+        """For each j < J, rows j, J + j, 2 J + j ... of expert ``e``, float32 [D / J, 1, width]."""
+        E, D = self.w.shape[:2]
+        w, at = narrow.bytes_at(self.w, e)
+        if w is not self.w:
+            # The view of a float8 array as bytes fuses with one slice, not with J of them.
+            w, at, E = lax.dynamic_slice_in_dim(w, at, 1), jnp.zeros_like(at), 1
+        w = w.reshape(E, D // J, J, self.width)
+        for j in range(J):
+            strip = lax.dynamic_slice(w, (at, 0, j, 0), (1, D // J, 1, self.width))[0]
+            yield narrow.from_bytes(strip, self.w.dtype).astype(jnp.float32)
+
+    def matrix(self, e, dtype):
+        """Expert ``e`` as a plain [D, width] matrix: the product with the scale rounded once."""
+        w, e = narrow.bytes_at(self.w, e)
+        w = lax.dynamic_index_in_dim(w, e, keepdims=False)
+        w = narrow.from_bytes(w.reshape(w.shape[0], -1), self.w.dtype)
+        if self.scale is None:
+            return w.astype(dtype)
+        return (w.astype(jnp.float32) * self.scales(e, 1)).astype(dtype)
+
+    def activate(self, y):
+        """SwiGLU of [m, 2 F] in float32, if there is a pair."""
+        if self.activation is None:
+            return y
+        F = self.w.shape[-1]
+        return jax.nn.silu(y[:, :F]) * y[:, F:]
 
 
-def _product(x, w, activation):
-    if activation is None:
-        return jnp.einsum("MD,DF->MF", x, w, preferred_element_type=jnp.float32)
-    both = jnp.einsum("MD,DPF->MPF", x, w, preferred_element_type=jnp.float32)
-    return jax.nn.silu(both[:, 0]) * both[:, 1]
+@struct.dataclass
+class _Spans:
+    """Where the rows of each held expert stand: [start, end), int32 [E] each."""
+
+    start_E: jax.Array
+    end_E: jax.Array
+
+    def items(self, rows: int, most: int):
+        """Splits every span into items of ``rows`` rows (the last one of an expert may be shorter).
+
+        Args:
+            rows: rows per item.
+            most: a static bound on the number of items.
+
+        Returns:
+            The number of items, then int32 [most] each: expert, first row, end of its rows.
+        """
+        items_E = -(-(self.end_E - self.start_E) // rows)
+        last_E = jnp.cumsum(items_E)
+        item_I = jnp.arange(most, dtype=jnp.int32)
+        expert_I = jnp.searchsorted(last_E, item_I, side="right", method="compare_all")
+        expert_I = jnp.minimum(expert_I, last_E.shape[0] - 1).astype(jnp.int32)
+        first_I = (self.start_E - rows * (last_E - items_E))[expert_I] + rows * item_I
+        return last_E[-1], expert_I, first_I, self.end_E[expert_I]
+
+
+def _spans(group_sizes, first_expert, E):
+    held_E = first_expert + jnp.arange(E)
+    before_ER = jnp.arange(group_sizes.shape[0]) < held_E[:, None]
+    start_E = jnp.sum(jnp.where(before_ER, group_sizes, 0), axis=1, dtype=jnp.int32)
+    return _Spans(start_E, start_E + lax.dynamic_slice_in_dim(group_sizes, first_expert, E))
+
+
+def _skinny(x_MD, experts, spans, out_dtype):
+    M, E = x_MD.shape[0], experts.w.shape[0]
+    heights = [h for h in HEIGHTS if h <= M]
+    tallest = heights[-1]
+    count, expert_I, first_I, end_I = spans.items(tallest, M // tallest + min(E, M))
+
+    def item(i, out):
+        first = first_I[i]
+        rows = end_I[i] - first
+        branch = sum((rows > h).astype(jnp.int32) for h in heights[:-1])
+        branches = [functools.partial(_rows_by_strips, height=h, padded=tallest) for h in heights]
+        y = lax.switch(branch, branches, x_MD, experts, expert_I[i], first)
+        # Items come in the order of their rows: what an item clears behind its own rows belongs to
+        # later ones, or to nobody.
+        y = jnp.where((jnp.arange(tallest) < rows)[:, None], y, 0).astype(out_dtype)
+        return lax.dynamic_update_slice_in_dim(out, y, first, axis=0)
+
+    out = jnp.zeros((M + tallest, experts.w.shape[-1]), out_dtype)
+    return lax.fori_loop(0, count, item, out)[:M]
+
+
+def _rows_by_strips(x_MD, experts, e, first, *, height, padded):
+    """``height`` rows from ``first`` on times expert ``e``, and zero rows up to ``padded``."""
+    M, D = x_MD.shape
+    J = experts.strip()
+    row = jnp.minimum(first + jnp.arange(height), M - 1)
+    x = x_MD[row].reshape(height, D // J, J).astype(jnp.float32)
+    terms = [x[:, :, j].T[:, :, None] * w for j, w in enumerate(experts.strips(e, J))]
+    y = functools.reduce(jnp.add, terms)
+    if experts.scale is not None:
+        y = y * experts.scales(e, J)[:, None]
+    # Without the barrier XLA fuses the outer sum as well, and then reads w in strided order.
+    y = lax.optimization_barrier(y).sum(0)
+    return jnp.pad(experts.activate(y), ((0, padded - height), (0, 0)))
+
+
+def _wide(x_MD, experts, spans, out_dtype):
+    M, E = x_MD.shape[0], experts.w.shape[0]
+    tile = min(TILE, M)
+    # One item per active expert: M rows are more than any expert has.
+    count, expert_I, first_I, end_I = spans.items(M, min(E, M))
+
+    def expert(i, out):
+        matrix = experts.matrix(expert_I[i], x_MD.dtype)
+
+        def rows(t, out):
+            begin = first_I[i] + t * tile
+            start = jnp.minimum(begin, M - tile)
+            x = lax.dynamic_slice_in_dim(x_MD, start, tile)
+            y = experts.activate(jnp.dot(x, matrix, preferred_element_type=jnp.float32))
+            row = start + jnp.arange(tile)
+            mine = ((row >= begin) & (row < end_I[i]))[:, None]
+            old = lax.dynamic_slice_in_dim(out, start, tile)
+            y = jnp.where(mine, y.astype(out_dtype), old)
+            return lax.dynamic_update_slice_in_dim(out, y, start, axis=0)
+
+        return lax.fori_loop(0, -(-(end_I[i] - first_I[i]) // tile), rows, out)
+
+    return lax.fori_loop(0, count, expert, jnp.zeros((M, experts.w.shape[-1]), out_dtype))
 
 
 def supports(platform: str, **facts) -> str | None:
-    """Runs everything, everywhere."""
+    """Runs every case on every platform."""
     return None
 
 

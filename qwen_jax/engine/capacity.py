@@ -1,33 +1,94 @@
-"""How long a context can be, and how many pages the cache gets. Knows sizes and devices."""
+"""What fits: weights and cache against the memory of the devices, before anything is read.
 
+Knows shapes, shardings and bytes; allocates nothing.
+"""
+
+import dataclasses
 import logging
+import math
 import os
+import pathlib
 
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from qwen_jax import sharding as sharding_lib
+from qwen_jax.functional import auto_mesh
 from qwen_jax.model.cache import page_bytes
 from qwen_jax.runtime import Runtime
+from qwen_jax.weights import derive
 from qwen_jax.weights.config import ModelConfig
+from qwen_jax.weights.quant import FORMATS
+from qwen_jax.weights.requantize import requantized
 
 log = logging.getLogger(__name__)
 
-_GIB = 2**30
-_CPU_SHARE = 0.25  # of the host's free memory: the rest is for weights, activations and others
+_CPU_SHARE = 0.25  # of the host memory that weights leave: others use the machine too
+_MOST_DEVICES = 256  # of a mesh to propose
 
 
-def plan_cache(
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a model takes of its devices. Bytes are per device.
+
+    Attributes:
+        devices: how many, of which kind, on which axes.
+        memory: bytes that may be used; devices of a CPU have equal shares of what is free.
+        weights: bytes.
+        cache: bytes that the cache may take.
+        page: bytes of one page of the cache.
+        page_size: tokens of a page.
+        pages: of the cache.
+        max_model_len: the longest context in tokens.
+        model_limit: the longest context that the model knows.
+    """
+
+    devices: str
+    memory: int
+    weights: int
+    cache: int
+    page: int
+    page_size: int
+    pages: int
+    max_model_len: int
+    model_limit: int
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that fit in the cache."""
+        return self.cache // self.page * self.page_size
+
+    def __str__(self) -> str:
+        shorter = ""
+        if self.max_model_len < self.model_limit:
+            shorter = f" (the model's limit is {self.model_limit:,})"
+        return (
+            f"{self.devices}: {_gb(self.memory)} each free, weights {_gb(self.weights)} each, "
+            f"cache for {self.kv_tokens:,} tokens; contexts up to {self.max_model_len:,}{shorter}"
+        )
+
+
+def make_plan(
     config: ModelConfig,
     runtime: Runtime,
     *,
-    max_model_len: int | None,
-    max_num_seqs: int,
-    hbm_utilization: float,
-) -> tuple[int, int]:
-    """Decides ``max_model_len`` and the number of pages, after the weights are in place.
+    quantization: str | None = None,
+    max_model_len: int | None = None,
+    max_num_seqs: int = 64,
+    hbm_utilization: float = 0.9,
+) -> Plan:
+    """Decides the longest context and the pages of the cache.
 
-    Returns:
-        The longest context in tokens, and the pages of the cache.
+    Args:
+        config: the checkpoint.
+        runtime: where it will run.
+        quantization: how it will be requantised on load, None for as it is.
+        max_model_len: the longest context; None: the model's, or what fits.
+        max_num_seqs: most rows at once.
+        hbm_utilization: share of an accelerator's memory to use.
 
     Raises:
-        ValueError: the context asked for is longer than the model's, or its cache does not fit.
+        ValueError: a limit out of range, or weights or cache that do not fit; it says what would.
     """
     limit = config.text.max_position_embeddings
     if max_model_len is not None and not 1 < max_model_len <= limit:
@@ -37,40 +98,151 @@ def plan_cache(
         )
     if not 0 < hbm_utilization <= 1:
         raise ValueError(f"hbm_utilization={hbm_utilization} is not in (0, 1]")
-    each = page_bytes(config.text, runtime)
-    budget = _free_bytes(runtime, hbm_utilization)
-    fits = budget // each * runtime.page_size
-    wanted = max_model_len or limit
-    if wanted > fits:
-        if max_model_len is not None or fits < 2:
-            raise ValueError(
-                f"max_model_len={wanted:,} needs {wanted / runtime.page_size * each / _GIB:.2f} "
-                f"GiB of cache, {budget / _GIB:.2f} GiB are free: {fits:,} tokens fit; lower "
-                "max_model_len, or use kv_cache_dtype='int8' or more devices"
-            )
-        log.info(
-            "max_model_len: %s instead of the model's %s, which fits", f"{fits:,}", f"{limit:,}"
+    stored = requantized(config, quantization) if quantization else config
+    memory = _device_memory(runtime, hbm_utilization)
+    weights = weight_bytes(stored, runtime)
+    if weights >= memory:
+        raise ValueError(
+            f"the weights need {_gb(weights)} per device, {_gb(memory)} are free on "
+            f"{_devices(runtime)}: {_what_fits(config, runtime, memory)}"
         )
-        wanted = fits
-    pages_per_row = -(-wanted // runtime.page_size)
-    pages = min(budget // each, pages_per_row * max_num_seqs)
-    log.info(
-        "cache: %s pages of %d tokens (%.2f GiB): %s tokens",
-        f"{pages:,}",
-        runtime.page_size,
-        pages * each / _GIB,
-        f"{pages * runtime.page_size:,}",
+    left = memory - weights
+    cache = int(left * _CPU_SHARE) if _on_cpu(runtime) else left
+    page = page_bytes(config.text, runtime) // _kv_ways(runtime)
+    fits = cache // page * runtime.page_size
+    wanted = limit if max_model_len is None else max_model_len
+    if wanted > fits and (max_model_len is not None or fits < 2):
+        raise ValueError(
+            f"max_model_len={wanted:,} needs {_gb(math.ceil(wanted / runtime.page_size) * page)} "
+            f"of cache on each device, {_gb(cache)} are free (KV for {fits:,} tokens fits): lower "
+            "max_model_len, or use kv_cache_dtype='int8' or more devices"
+        )
+    wanted = min(wanted, fits)
+    return Plan(
+        devices=_devices(runtime),
+        memory=memory,
+        weights=weights,
+        cache=cache,
+        page=page,
+        page_size=runtime.page_size,
+        pages=min(cache // page, -(-wanted // runtime.page_size) * max_num_seqs),
+        max_model_len=wanted,
+        model_limit=limit,
     )
-    return wanted, pages
 
 
-def _free_bytes(runtime: Runtime, utilization: float) -> int:
-    """Bytes that the cache may take, over all devices of the mesh."""
-    device = runtime.mesh.devices.flat[0]
-    stats = device.memory_stats()
-    if device.platform == "cpu" or not stats:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return int(free * _CPU_SHARE)
-    per_device = stats["bytes_limit"] * utilization - stats["bytes_in_use"]
-    ways = runtime.mesh.size if runtime.rules.axes("K") else 1
-    return max(int(per_device * ways), 0)
+def prefill_limit(runtime: Runtime, wanted: int | None, max_num_seqs: int) -> int:
+    """The most tokens of a prefill chunk, where ``wanted`` may be None.
+
+    Raises:
+        ValueError: it, or ``max_num_seqs``, exceeds the largest bucket.
+    """
+    most_rows, most_tokens = runtime.buckets.rows[-1], runtime.buckets.tokens[-1]
+    if not 1 <= max_num_seqs <= most_rows:
+        raise ValueError(f"max_num_seqs={max_num_seqs} is not in 1 .. {most_rows}")
+    if wanted is not None and not 1 <= wanted <= most_tokens:
+        raise ValueError(f"max_num_batched_tokens={wanted:,} is not in 1 .. {most_tokens:,}")
+    return wanted or most_tokens
+
+
+def weight_bytes(config: ModelConfig, runtime: Runtime) -> int:
+    """Bytes of the weights on each device.
+
+    Raises:
+        ValueError: a dimension does not split over the mesh.
+    """
+    return _weight_bytes(config, runtime, runtime.mesh)
+
+
+def _weight_bytes(config: ModelConfig, runtime: Runtime, mesh) -> int:
+    arrays = jax.tree.leaves(derive.abstract(config, runtime.dtype))
+    places = jax.tree.leaves(derive.shardings(config, mesh, runtime.rules))
+    return sum(
+        math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize
+        for x, place in zip(arrays, places, strict=True)
+    )
+
+
+def _what_fits(config: ModelConfig, runtime: Runtime, memory: int) -> str:
+    """The smallest mesh, for each way to store the weights, on which they fit."""
+    found = []
+    forms = [None] if config.quantization else [None, *FORMATS]
+    for form in forms:
+        stored = requantized(config, form) if form else config
+        for n in (1 << i for i in range(_MOST_DEVICES.bit_length())):
+            mesh = auto_mesh(config, n)
+            if _fits(stored, runtime, mesh, memory):
+                axis = next(iter(mesh))
+                how = f", quantization={form!r}" if form else ""
+                found.append(f"mesh='{axis}={n}'{how}")
+                break
+    if not found:
+        return f"no mesh of one axis and up to {_MOST_DEVICES} such devices holds them"
+    return f"such devices hold them with {', or '.join(found)}"
+
+
+def _fits(config: ModelConfig, runtime: Runtime, mesh: dict[str, int], memory: int) -> bool:
+    sizes = tuple(mesh.get(axis, 1) for axis in sharding_lib.AXES)
+    grid = AbstractMesh(sizes, sharding_lib.AXES, axis_types=(AxisType.Auto,) * len(sizes))
+    try:
+        return _weight_bytes(config, runtime, grid) < memory
+    except ValueError:  # it does not split over so many
+        return False
+
+
+def _kv_ways(runtime: Runtime) -> int:
+    return sharding_lib.ways(runtime.mesh, runtime.rules.axes("K"))
+
+
+def _on_cpu(runtime: Runtime) -> bool:
+    return runtime.mesh.devices.flat[0].platform == "cpu"
+
+
+def _devices(runtime: Runtime) -> str:
+    mesh = runtime.mesh
+    axes = ", ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1)
+    kind = mesh.devices.flat[0].device_kind
+    return f"{mesh.size} {kind} device{'s' * (mesh.size > 1)}{f' ({axes})' if axes else ''}"
+
+
+def _device_memory(runtime: Runtime, utilization: float) -> int:
+    """Bytes that may be used on each device."""
+    if _on_cpu(runtime):
+        return free_host_memory() // runtime.mesh.size
+    stats = runtime.mesh.devices.flat[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        raise ValueError(f"{_devices(runtime)}: the memory is not known; use another backend")
+    return int(stats["bytes_limit"] * utilization) - stats["bytes_in_use"]
+
+
+def free_host_memory() -> int:
+    """Bytes that this process can still take, caches of files included that can be dropped."""
+    free = _meminfo().get("MemAvailable")
+    if free is None:  # not Linux: half of what there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    group = pathlib.Path("/sys/fs/cgroup")
+    limit, used = _number(group / "memory.max"), _number(group / "memory.current")
+    if limit is None or used is None:
+        return free
+    cached = _pairs(group / "memory.stat")  # files, which are dropped when memory is short
+    return min(free, limit - used + cached.get("inactive_file", 0) + cached.get("active_file", 0))
+
+
+def _meminfo() -> dict[str, int]:
+    kib = _pairs(pathlib.Path("/proc/meminfo"))
+    return {name.rstrip(":"): value * 1024 for name, value in kib.items()}
+
+
+def _pairs(path: pathlib.Path) -> dict[str, int]:
+    """The lines "name number …" of a file of the kernel's; empty where there is no such file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {name: int(value) for name, value, *_ in (line.split() for line in lines)}
+
+
+def _number(path: pathlib.Path) -> int | None:
+    text = path.read_text().strip() if path.exists() else ""
+    return int(text) if text.isdigit() else None
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"

@@ -14,10 +14,35 @@ from tqdm import tqdm
 from qwen_jax.engine.sequence import Job, Sequence
 from qwen_jax.engine.static_batch import Progress, StaticBatch
 from qwen_jax.prompt.tokenizer import Tokenizer
-from qwen_jax.requests import Metrics, Prompt, RequestOutput, SamplingParams
+from qwen_jax.requests import Prompt, SamplingParams
+from qwen_jax.results import Metrics, RequestOutput
 
 _STRETCH = 64  # tokens decoded between two looks from the host
 _STOP_STRETCH = 16  # the same where a stop string may end a row earlier
+
+
+@dataclasses.dataclass
+class Totals:
+    """What has been done so far, over all requests. Times in seconds; compiling is apart.
+
+    Attributes:
+        prompt_tokens, generated_tokens: counts.
+        decode_tokens: generated ones but the first of each sequence, which prefill brings.
+        prefill_time: until the first tokens.
+        decode_time: from there on.
+        compile_time: tracing and compiling.
+    """
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    decode_tokens: int = 0
+    prefill_time: float = 0.0
+    decode_time: float = 0.0
+    compile_time: float = 0.0
+
+    def __sub__(self, earlier: "Totals") -> "Totals":
+        names = [f.name for f in dataclasses.fields(self)]
+        return Totals(*(getattr(self, n) - getattr(earlier, n) for n in names))
 
 
 @dataclasses.dataclass
@@ -59,6 +84,7 @@ class Offline:
         self._eos_ids, self._max_model_len = eos_ids, max_model_len
         self._max_num_seqs, self._seed = max_num_seqs, seed
         self._numbers = itertools.count()
+        self.totals = Totals()
 
     def run(
         self, prompts: list[Prompt], params: list[SamplingParams], *, use_tqdm: bool
@@ -101,31 +127,39 @@ class Offline:
         self, members: list[tuple[_Request, Sequence]], stretch: int
     ) -> Iterator[Progress]:
         """Runs a group, keeping the times and prompt logprobs of each request."""
-        owners = list({id(r): r for r, _ in members}.values())
+        running = list({id(r): r for r, _ in members}.values())
+        totals = self.totals
         for i, progress in enumerate(self._batch.run([s for _, s in members], stretch)):
-            for owner in owners:
-                if i == 0:
-                    owner.result.metrics.time_to_first_token = progress.seconds
-                else:
-                    owner.result.metrics.generation_time += progress.seconds
+            totals.generated_tokens += progress.new_tokens
+            totals.compile_time += progress.compile_seconds
             if i == 0:
+                totals.prompt_tokens += sum(len(s.job.prompt) for _, s in members)
+                totals.prefill_time += progress.seconds
                 for (owner, _), found in zip(members, self._batch.prompt_logprobs, strict=True):
+                    owner.result.metrics.time_to_first_token = progress.seconds
                     owner.result.prompt_logprobs = found
+            else:
+                totals.decode_tokens += progress.new_tokens
+                totals.decode_time += progress.seconds
+                for owner in running:
+                    owner.result.metrics.generation_time += progress.seconds
+            running = [r for r in running if any(s.finish_reason is None for s in r.sequences)]
             yield progress
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> _Request:
         number = next(self._numbers)
-        base = [self._seed, number] if params.seed is None else [params.seed % 2**64]
+        given = self._seed if params.seed is None else params.seed
+        seed = [given % 2**64, *([number] if params.seed is None else [])]
         room = self._max_model_len - len(prompt.token_ids)
         stops = tuple(params.stop_token_ids or ())
         if not params.ignore_eos:
-            stops += tuple(i for i in self._eos_ids if i not in stops)
+            stops = tuple(dict.fromkeys((*stops, *prompt.stop_ids, *self._eos_ids)))
         sequences = []
         for i in range(params.n):
             job = Job(
                 prompt=prompt.token_ids,
                 params=params,
-                seed=int(np.random.SeedSequence([*base, i]).generate_state(1)[0]),
+                seed=int(np.random.SeedSequence([*seed, i]).generate_state(1)[0]),
                 stop_ids=stops,
                 max_tokens=min(params.max_tokens or room, room),
                 name=f"request {number}",

@@ -7,7 +7,8 @@ import dataclasses
 
 from qwen_jax.prompt.stop import StopStrings
 from qwen_jax.prompt.tokenizer import Tokenizer
-from qwen_jax.requests import CompletionOutput, Logprob, SamplingParams
+from qwen_jax.requests import SamplingParams
+from qwen_jax.results import CompletionOutput, Logprob
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +64,14 @@ class Sequence:
 
     def _one(self, token: int) -> None:
         count, params = len(self.token_ids), self.job.params
-        stops = token in self.job.stop_ids and count > params.min_tokens
+        may_stop = count > params.min_tokens
+        stops = may_stop and token in self.job.stop_ids
         if self._decoder is not None and (not stops or params.include_stop_str_in_output):
-            self.text += self._stop.push(self._decoder.push(token))
+            self.text += self._stop.push(self._decoder.push(token), stops=may_stop)
         if stops:
             named = token in (params.stop_token_ids or ())
             self._finish("stop", token if named else None)
-        elif self._stop.matched is not None and count > params.min_tokens:
+        elif self._stop.matched is not None:
             self._finish("stop", self._stop.matched)
         elif count >= self.job.max_tokens:
             self._finish("length", None)

@@ -13,26 +13,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax import generate, sampling
+from qwen_jax import generation, sampling
+from qwen_jax.engine.chunks import plan_chunks, targets
+from qwen_jax.engine.compile_clock import compile_clock
 from qwen_jax.engine.pages import PageTable
 from qwen_jax.engine.sequence import Sequence
+from qwen_jax.engine.token_logprobs import Entry, TokenLogprobs, most_wanted
 from qwen_jax.model.cache import grow_cache, make_cache, pack
 from qwen_jax.prompt.tokenizer import Tokenizer
-from qwen_jax.requests import Logprob
 from qwen_jax.runtime import Runtime
 from qwen_jax.weights.config import ModelConfig
 from qwen_jax.weights.params import Weights
 
 _FIRST_PAGES = 64
+_BUFFER = 64  # tokens of a row between two looks from the host, at most
+_WIDE_BUFFER = 4  # the same where each token brings the logprobs of the whole vocabulary
 
 
 @dataclasses.dataclass
 class Progress:
-    """What one stretch of decoding brought: the new text of each sequence, and the time."""
+    """What one stretch of decoding brought.
+
+    Attributes:
+        new_text: of each sequence.
+        new_tokens: of all.
+        seconds: it took, compiling left out.
+        compile_seconds: of compiling.
+    """
 
     new_text: list[str]
     new_tokens: int
-    seconds: float
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
 
 
 class StaticBatch:
@@ -40,8 +52,8 @@ class StaticBatch:
 
     Args:
         params, config, runtime: the model.
-        max_pages: how many pages the cache may have.
         tokenizer: for the tokens' text in logprobs; None leaves it out.
+        max_pages: how many pages the cache may have.
         max_model_len: the longest context.
         max_prefill_tokens: prompts are taken in chunks of at most this many tokens.
     """
@@ -60,12 +72,14 @@ class StaticBatch:
         self._params, self._config, self._runtime = params, config, runtime
         self._max_pages = max_pages
         grows = runtime.mesh.devices.flat[0].platform == "cpu"
-        first = min(max_pages, _FIRST_PAGES) if grows else max_pages
-        self._cache = make_cache(config.text, runtime, first)
-        self._tokenizer = tokenizer
+        self._pages = min(max_pages, _FIRST_PAGES) if grows else max_pages
+        self._cache = make_cache(config.text, runtime, self._pages)
         self._table_width = -(-max_model_len // runtime.page_size)
         self._max_prefill_tokens = max_prefill_tokens
-        self.prompt_logprobs: list[list[dict[int, Logprob] | None] | None] = []
+        self._logprobs = TokenLogprobs(tokenizer)
+        self._clock = compile_clock()
+        self._turn = 0  # which call of `run` the cache belongs to
+        self.prompt_logprobs: list[list[Entry | None] | None] = []
 
     def pages_for(self, sequence: Sequence) -> int:
         """Pages that a sequence may need."""
@@ -87,35 +101,44 @@ class StaticBatch:
             yield group
 
     def run(self, group: list[Sequence], stretch: int) -> Iterator[Progress]:
-        """Generates a group to its end, at most ``stretch`` tokens per row between two yields.
+        """Generates a group to its end, about ``stretch`` tokens per row between two yields.
 
         Raises:
             ValueError: the model's logits were not finite, or the settings forbid every token.
+            RuntimeError: another call of `run` has taken the cache meanwhile.
         """
-        rows, options, settings = self._rows(group)
-        counts = self._counts(group, settings) if options.features.penalties else None
-        began = time.perf_counter()
+        self._turn += 1
+        turn = self._turn
+        self._revive()
+        rows, options = self._rows(group)
         pages = PageTable(rows.max_tokens.shape[0], self._table_width, self._runtime.page_size)
+        began = self._now()
         self._reserve(pages, group, stretch)
-        state = self._start(group, rows, counts, options, pages.table)
-        taken = [0] * len(group)
+        state = self._start(group, rows, options, pages.table)
         while True:
-            progress, running = self._collect(state, group, taken, options)
-            now = time.perf_counter()
-            yield dataclasses.replace(progress, seconds=now - began)
-            began = now
+            progress, count, finish = self._collect(state, group)
+            wall, compiling = np.subtract(self._now(), began).tolist()
+            yield dataclasses.replace(progress, seconds=wall - compiling, compile_seconds=compiling)
+            began = self._now()  # what the caller did with it is not our time
+            running = [s.finish_reason is None for s in group]
             if not any(running):
-                break
-            finish = np.asarray(state.finish)
-            kept = [generate.RUNNING if r else generate.STOP for r in running]
-            finish = np.concatenate([kept, finish[len(group) :]]).astype(np.int32)
+                return
+            if self._turn != turn:
+                raise RuntimeError(
+                    "another call on this model has ended this stream: take a stream to its end "
+                    "before the next call, or use a second LLM"
+                )
+            # A sequence may have ended by a stop string, of which the device knows nothing.
+            finish[: len(group)][~np.array(running)] = generation.STOP
             self._reserve(pages, group, stretch)
-            state = generate.jit_advance(
+            state = generation.jit_advance(
                 self._params,
                 self._config,
                 self._runtime,
-                state.replace(
+                dataclasses.replace(
+                    state,
                     finish=jnp.asarray(finish),
+                    taken=jnp.asarray(count),
                     cache=self._cache,
                     page_table=jnp.asarray(pages.table),
                 ),
@@ -125,29 +148,36 @@ class StaticBatch:
             )
             self._cache = state.cache
 
-    def _rows(self, group: list[Sequence]):
+    def _now(self) -> tuple[float, float]:
+        """The time, and how much of it so far was compiling."""
+        return time.perf_counter(), self._clock.seconds
+
+    def _revive(self) -> None:
+        """Makes a new cache where an interrupted call took the old one with it."""
+        if any(x.is_deleted() for x in jax.tree.leaves(self._cache)):
+            self._cache = make_cache(self._config.text, self._runtime, self._pages)
+
+    def _rows(self, group: list[Sequence]) -> tuple[generation.Rows, generation.Options]:
         size = self._runtime.buckets.pick("rows", len(group))
+        vocab = self._config.text.vocab_size
         settings = [_settings(s) for s in group]
         unused = [dataclasses.replace(settings[0], bias={}, allowed=None)] * (size - len(group))
-        row_sampling = sampling.RowSampling.make(settings + unused, self._config.text.vocab_size)
+        row_sampling = sampling.RowSampling.make(settings + unused, vocab)
         limits = [s.job.max_tokens for s in group] + [0] * (size - len(group))
-        options = generate.Options(
+        logprobs = most_wanted((s.job.params.logprobs for s in group), vocab)
+        options = generation.Options(
             features=sampling.Features.of(row_sampling),
-            new_tokens=self._runtime.buckets.pick("new_tokens", max(limits)),
-            logprobs=_most(s.job.params.logprobs for s in group),
-            prompt_logprobs=_most(s.job.params.prompt_logprobs for s in group),
+            new_tokens=_WIDE_BUFFER if logprobs == -1 else _BUFFER,
+            logprobs=logprobs,
         )
-        zeros = jnp.zeros(size, jnp.int32)
-        return generate.Rows(row_sampling, jnp.asarray(limits, jnp.int32), zeros), options, settings
+        max_tokens, no_delta = (jnp.asarray(x, jnp.int32) for x in (limits, [0] * size))
+        return generation.Rows(row_sampling, max_tokens, no_delta), options
 
-    def _counts(self, group: list[Sequence], settings) -> sampling.Counts:
-        size = self._runtime.buckets.pick("rows", len(group))
+    def _counts(self, group: list[Sequence], size: int) -> sampling.Counts:
         prompt = np.zeros((size, self._config.text.vocab_size), bool)
         for b, sequence in enumerate(group):
             prompt[b, list(sequence.job.prompt)] = True
-        return sampling.Counts(
-            output=jnp.zeros(prompt.shape, jnp.int32), prompt=jnp.asarray(prompt)
-        )
+        return sampling.Counts(jnp.asarray(np.zeros(prompt.shape, np.int32)), jnp.asarray(prompt))
 
     def _reserve(self, pages: PageTable, group: list[Sequence], stretch: int) -> None:
         """Pages for what the running rows may add in one stretch; a larger cache if needed."""
@@ -155,99 +185,77 @@ class StaticBatch:
             if sequence.finish_reason is None:
                 new = min(len(sequence.token_ids) + stretch + 1, sequence.job.max_tokens)
                 pages.reserve(row, len(sequence.job.prompt) + new)
-        have = self._cache.num_pages
-        if pages.used > have:
-            while have < pages.used:
-                have *= 2
-            self._cache = grow_cache(self._cache, min(have, self._max_pages))
+        if pages.used > self._pages:
+            while self._pages < pages.used:
+                self._pages *= 2
+            self._pages = min(self._pages, self._max_pages)
+            self._cache = grow_cache(self._cache, self._pages)
 
-    def _start(self, group: list[Sequence], rows, counts, options, table) -> generate.State:
-        """Prefills in chunks; the last one samples the first tokens."""
+    def _start(self, group: list[Sequence], rows, options, table) -> generation.State:
+        """Prefills in chunks, and samples the first tokens."""
         prompts = [s.job.prompt for s in group]
-        cached = [0] * len(group)
-        found: list[list] = [[None] for _ in group]
+        wanted = [s.job.params.prompt_logprobs for s in group]
+        most = most_wanted(wanted, self._config.text.vocab_size)
+        found: list[list[Entry | None]] = [[None] for _ in group]
         model = (self._params, self._config, self._runtime)
-        while True:
-            left = sum(len(p) - c for p, c in zip(prompts, cached, strict=True))
-            last = left <= max(self._max_prefill_tokens, len(group))
-            takes = _chunk(prompts, cached, self._max_prefill_tokens, last)
+        cached = [0] * len(group)
+        x_BD = None
+        for takes in plan_chunks([len(p) for p in prompts], self._max_prefill_tokens):
             pieces = [p[c : c + n] for p, c, n in zip(prompts, cached, takes, strict=True)]
             size = self._runtime.buckets.pick("tokens", sum(takes))
             batch = pack(pieces, cached, table, num_tokens=size)
-            targets = None
-            if options.prompt_logprobs is not None:
-                targets = _targets(prompts, cached, takes, size)
-            if last:
-                state = generate.jit_start(
-                    *model, batch, self._cache, rows, counts, targets, options=options
-                )
-                self._cache = state.cache
-                logprobs = state.prompt_logprobs
-            else:
-                _, self._cache, logprobs = generate.jit_prefill(
-                    *model, batch, self._cache, targets, options=options
-                )
-            if logprobs is not None:
-                self._add_prompt_logprobs(found, group, cached, takes, logprobs)
+            after = None if most is None else targets(prompts, cached, takes, size)
+            x_BD, self._cache, logprobs = generation.jit_prefill(
+                *model, batch, self._cache, after, num_logprobs=most
+            )
+            if after is not None:
+                self._add_prompt_logprobs(found, wanted, takes, after, logprobs)
             cached = [c + n for c, n in zip(cached, takes, strict=True)]
-            if last:
-                wanted = [s.job.params.prompt_logprobs is not None for s in group]
-                self.prompt_logprobs = [
-                    x if w else None for x, w in zip(found, wanted, strict=True)
-                ]
-                return state.replace(prompt_logprobs=None)
+        self.prompt_logprobs = [
+            x if k is not None else None for x, k in zip(found, wanted, strict=True)
+        ]
+        counts, rows_in_all = None, rows.max_tokens.shape[0]
+        if options.features.penalties:
+            counts = self._counts(group, rows_in_all)
+        kv_lens = np.array(cached + [0] * (rows_in_all - len(group)), np.int32)
+        state = generation.jit_first(
+            *model, x_BD, self._cache, jnp.asarray(table), kv_lens, rows, counts, options=options
+        )
+        self._cache = state.cache
+        return state
 
-    def _add_prompt_logprobs(self, found, group, cached, takes, logprobs) -> None:
+    def _add_prompt_logprobs(self, found, wanted, takes, after, logprobs) -> None:
         host = jax.device_get(logprobs)
         start = 0
-        for b, (sequence, past, take) in enumerate(zip(group, cached, takes, strict=True)):
-            prompt, wanted = sequence.job.prompt, sequence.job.params.prompt_logprobs
-            for i in range(take):
-                if wanted is not None and past + i + 1 < len(prompt):
-                    found[b].append(self._entry(host, start + i, prompt[past + i + 1], wanted))
+        for b, (k, take) in enumerate(zip(wanted, takes, strict=True)):
+            for t in range(start, start + take):
+                if k is not None and after[t] >= 0:
+                    found[b].append(self._logprobs.entry(host, t, int(after[t]), k))
             start += take
 
-    def _entry(self, host: sampling.Logprobs, at, token: int, k: int) -> dict[int, Logprob]:
-        """The dict of one position: the best ``k`` and the token itself."""
-        ids, values = host.top_ids[at], host.top_logprobs[at]
-        k = len(ids) if k == -1 else k
-        entry = {
-            int(i): Logprob(float(v), rank, self._text(int(i)))
-            for rank, (i, v) in enumerate(zip(ids[:k], values[:k], strict=True), start=1)
-        }
-        own = Logprob(float(host.logprob[at]), int(host.rank[at]), self._text(token))
-        return {token: own, **{i: x for i, x in entry.items() if i != token}}
-
-    def _text(self, token: int) -> str | None:
-        return None if self._tokenizer is None else self._tokenizer.token(token)
-
-    def _collect(self, state: generate.State, group, taken: list[int], options):
-        """Hands new tokens to their sequences; says which sequences go on."""
-        tokens, count, finish, logprobs = jax.device_get(
-            (state.tokens, state.count, state.finish, state.logprobs)
+    def _collect(self, state: generation.State, group: list[Sequence]):
+        """Hands new tokens to their sequences; returns the state's counts and finishes too."""
+        tokens, count, taken, finish, logprobs = jax.device_get(
+            (state.tokens, state.count, state.taken, state.finish, state.logprobs)
         )
-        failed = [b for b in range(len(group)) if finish[b] == generate.FAILED]
-        if failed:
-            sampling.check_tokens(
-                np.array([tokens[b, count[b] - 1] for b in failed]),
-                [f"{group[b].job.name} at new token {count[b]}" for b in failed],
-            )
-        texts, total = [], 0
+        texts, total, failed = [], 0, {}
         for b, sequence in enumerate(group):
-            new = tokens[b, taken[b] : count[b]].tolist()
-            entries = None
-            k = sequence.job.params.logprobs
-            if k is not None and logprobs is not None:
-                places = range(taken[b], count[b])
-                entries = [
-                    self._entry(logprobs, (b, i), t, k) for i, t in zip(places, new, strict=True)
-                ]
+            new = tokens[b, : count[b] - taken[b]].tolist()
+            if finish[b] == generation.FAILED and new:
+                failed[b] = new.pop()
+            entries, k = None, sequence.job.params.logprobs
+            if k is not None:
+                entries = [self._logprobs.entry(logprobs, (b, i), t, k) for i, t in enumerate(new)]
             before = len(sequence.token_ids)
             texts.append(sequence.push(new, entries))
             total += len(sequence.token_ids) - before
-            taken[b] = int(count[b])
-        running = [s.finish_reason is None for s in group]
-        return Progress(texts, total, 0.0), running
+        # A sequence that a stop string has ended does not mind what came after it.
+        failed = {b: t for b, t in failed.items() if group[b].finish_reason is None}
+        sampling.check_tokens(
+            np.array(list(failed.values()), np.int32),
+            [f"{group[b].job.name} at new token {count[b]}" for b in failed],
+        )
+        return Progress(texts, total), count, np.array(finish)
 
 
 def _settings(sequence: Sequence) -> sampling.RowSettings:
@@ -266,29 +274,3 @@ def _settings(sequence: Sequence) -> sampling.RowSettings:
         allowed=params.allowed_token_ids,
         stop_ids=job.stop_ids,
     )
-
-
-def _most(wanted) -> int | None:
-    """The largest number of logprobs that any row wants; -1 (all) is the largest."""
-    asked = [k for k in wanted if k is not None]
-    return None if not asked else -1 if -1 in asked else max(asked)
-
-
-def _chunk(prompts, cached, limit: int, last: bool) -> list[int]:
-    """How many tokens of each prompt the next chunk takes; only the last takes a row's last one."""
-    takes = []
-    for prompt, past in zip(prompts, cached, strict=True):
-        left = len(prompt) - past if last else min(len(prompt) - past - 1, limit)
-        takes.append(left)
-        limit -= left
-    return takes
-
-
-def _targets(prompts, cached, takes, size: int) -> jax.Array:
-    """int32 [T]: the prompt token after each token of the chunk, -1 where there is none."""
-    following = [
-        p[c + 1 : c + n + 1] + (-1,) * (c + n + 1 - len(p))
-        for p, c, n in zip(prompts, cached, takes, strict=True)
-    ]
-    flat = [token for row in following for token in row]
-    return jnp.asarray(flat + [-1] * (size - len(flat)), jnp.int32)

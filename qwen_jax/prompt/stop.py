@@ -16,14 +16,18 @@ class StopStrings:
         self._held = ""
         self.matched: str | None = None
 
-    def push(self, text: str) -> str:
-        """Takes more text and returns what is safe to show; nothing any more after a match."""
+    def push(self, text: str, *, stops: bool = True) -> str:
+        """Takes more text and returns what is safe to show; nothing any more after a match.
+
+        stops: False lets strings that are complete with this text through; one that it only begins
+        still counts.
+        """
         if self.matched is not None:
             return ""
         if not self._strings:
             return text
         text = self._held + text
-        found = [(text.find(s), -len(s), s) for s in self._strings if s in text]
+        found = [(text.find(s), -len(s), s) for s in self._strings if stops and s in text]
         if found:
             where, _, self.matched = min(found)
             self._held = ""

@@ -23,7 +23,7 @@ _MOE_ONLY = (
     "decoder_sparse_step",
     "mlp_only_layers",
 )
-_SPELLINGS = {"num_local_experts": "num_experts", "torch_dtype": "dtype"}
+_SPELLINGS = {"num_local_experts": "num_experts", "torch_dtype": "dtype", "type": "rope_type"}
 _IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 _SCALE_DTYPES = ("bfloat16", "float32")
 
@@ -115,7 +115,8 @@ def _quantization(keys: Keys) -> QuantConfig:
     if form not in FORMATS or scale_dtype not in _SCALE_DTYPES:
         raise ValueError(f"{keys.where}: quantization {form!r} with scales of {scale_dtype!r}")
     if block is not None:
-        block = tuple(Keys({"block": block}, keys.where).integers("block", least=1))
+        rows, columns = Keys({"block": block}, keys.where).integers("block", least=1)
+        block = (rows, columns)
     skip = tuple(str(name) for name in keys.take("skip", ()))
     keys.finish()
     return QuantConfig(form=form, block=block, skip=skip, scale_dtype=scale_dtype)
@@ -130,7 +131,7 @@ def _replace(raw: dict[str, Any], key: str, value: Any) -> None:
         key = "rope_scaling"
     if key == "rope_scaling":
         replaced = Keys(value or {"rope_type": "default"}, f"overrides: {key}")
-        text[key] |= dict(replaced.items())
+        text[key] |= {_SPELLINGS.get(inner, inner): each for inner, each in replaced.items()}
     elif key in ("text_config", "vision_config") and key in raw:
         for inner, each in Keys(value, f"overrides: {key}").items():
             if _SPELLINGS.get(inner, inner) not in raw[key]:

@@ -26,7 +26,7 @@ from qwen_jax.weights.safetensors import Checkpoint
 GATE_UP = ("gate", "up")
 SCALE_SUFFIX = "_scale_inv"
 _FLOATS = ("float32", "float16", "bfloat16")
-_COMPARED = 1 << 22  # elements of a head and an embedding compared in one piece
+_COMPARED = 1 << 22  # bytes of a head and an embedding compared in one piece
 _SHOWN = 12  # problems of each kind listed in an error
 
 
@@ -147,11 +147,9 @@ def _untied(embed: Source, checkpoint: Checkpoint) -> Iterator[str]:
     one, other = checkpoint.tensor("lm_head.weight"), checkpoint.tensor(embed.name)
     same = one.shape == other.shape and one.dtype == other.dtype
     if same:
-        bits = [x.reshape(-1).view(np.uint8) for x in (one, other)]
-        same = all(
-            np.array_equal(*(x[i : i + _COMPARED] for x in bits))
-            for i in range(0, bits[0].size, _COMPARED)
-        )
+        x, y = (w.reshape(-1).view(np.uint8) for w in (one, other))
+        starts = range(0, x.size, _COMPARED)
+        same = all(np.array_equal(x[i : i + _COMPARED], y[i : i + _COMPARED]) for i in starts)
     copying.forget(one)
     copying.forget(other)
     if not same:
@@ -243,6 +241,7 @@ def _gather(
 def _per_letter(scale: np.ndarray, source: Source) -> np.ndarray:
     """Scales of blocks on disk -> scales of our blocks, which never cross a letter."""
     for axis, index in enumerate(_scale_indices(source)):
+        assert index is not None  # `assign` refused the others
         scale = np.take(scale, index, axis)
     return scale
 

@@ -251,14 +251,14 @@ def _quantization(raw: Any) -> QuantConfig | None:
     keys.same("activation_scheme", "dynamic")  # activations stay wide here, which is more exact
     keys.take("dequantize", None)  # how transformers would hold it in memory
     block = keys.integers("weight_block_size", least=1)
-    skip = tuple(keys.take("modules_to_not_convert", (), also="ignored_layers"))
+    skip = keys.take("modules_to_not_convert", [], also="ignored_layers")
     keys.finish()
     if len(block) != 2:
         raise ValueError(f"{keys.where}: weight_block_size {block} is not two positive integers")
-    patterns = [name for name in skip if not _MODULE.fullmatch(name)]
-    if patterns:
+    patterns = [name for name in skip if not _MODULE.fullmatch(str(name))]
+    if patterns or not isinstance(skip, list):
         raise ValueError(
-            f"{keys.where}: modules_to_not_convert has patterns, only module names are supported: "
-            f"{patterns[:3]}"
+            f"{keys.where}: modules_to_not_convert must be a list of module names, not patterns: "
+            f"{patterns[:3] or skip!r}"
         )
-    return QuantConfig(block=(block[0], block[1]), skip=skip)
+    return QuantConfig(block=(block[0], block[1]), skip=tuple(skip))

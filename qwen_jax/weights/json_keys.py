@@ -43,7 +43,7 @@ class Keys:
         values = list(found.values())
         if not values and default is REQUIRED:
             raise ValueError(f"{self.where}: the key {key!r} is missing{self._near(key)}")
-        if any(value != values[0] for value in values):
+        if any(value != values[0] for value in values[1:]):
             raise ValueError(f"{self.where}: two spellings of one key differ: {found}")
         return values[0] if values else default
 

@@ -223,7 +223,7 @@ def _vision_table(config: ModelConfig) -> Vision | None:
 
 
 def _without_bias(rows: Attention) -> Attention:
-    return rows.replace(q_bias=None, k_bias=None, v_bias=None, o_bias=None)
+    return dataclasses.replace(rows, q_bias=None, k_bias=None, v_bias=None, o_bias=None)
 
 
 def _bind(rows, prefix: str, sizes: dims_lib.Sizes):

@@ -80,6 +80,7 @@ def _vl(kind: str, tower: tuple, *, tie: bool = False) -> ModelConfig:
 
 
 def _fp8(config: ModelConfig) -> ModelConfig:
+    """Blocks of 128x128; three names for what the published lists name module by module."""
     skip = ("lm_head", "mlp.gate", "visual")
     return dataclasses.replace(config, quantization=QuantConfig(skip=skip))
 

@@ -8,6 +8,7 @@ quantising per output channel gives a block as long as the contracted axis.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ FORMATS = {"fp8": (jnp.float8_e4m3fn, 448.0), "int8": (jnp.int8, 127.0)}
 
 @struct.dataclass
 class QArray:
-    """``values * scale`` with one scale per block.
+    """``values * scale`` with one scale per block; also a pair of what describes two such arrays.
 
     Attributes:
         values: float8_e4m3fn or int8, the weight's shape.
@@ -27,8 +28,8 @@ class QArray:
         blocks: elements of each axis that share a scale.
     """
 
-    values: jax.Array
-    scale: jax.Array
+    values: Any
+    scale: Any
     blocks: tuple[int, ...] = struct.field(pytree_node=False)
 
     @property

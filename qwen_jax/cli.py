@@ -1,0 +1,94 @@
+"""The program `qwen-jax`: which commands there are, and what a failure looks like.
+
+Knows the commands' names. A command's module is imported when it is called, and JAX later still,
+when its arguments are known to be right: `--help` and a wrong option answer at once.
+"""
+
+import importlib
+import importlib.metadata
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from qwen_jax.commands.parser import Parser, unknown_command
+
+# A module each, in `commands/`; what it is for stands here too, so that --help imports none.
+COMMANDS = {
+    "generate": "complete a prompt",
+    "chat": "talk to a model, or ask one question with --prompt",
+    "fill": "fill in the middle of code",
+    "convert": "Hugging Face safetensors -> an orbax checkpoint",
+    "info": "what a checkpoint is: parameters, bytes, context, tokenizer",
+    "bench": "tokens per second, beside what the machine's memory allows",
+}
+
+_ABOUT = "Qwen3 text models in JAX, on TPU, GPU and CPU."
+_EXAMPLE = 'qwen-jax chat --model Qwen/Qwen3-0.6B --prompt "What is a monad?"'
+_INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 and the number of the signal, as a shell reports it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 2 for what the user can put right."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _run(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Python flushes stdout once more at its end, and must not fail at that.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return _INTERRUPTED
+    except (ValueError, OSError) as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(f"qwen-jax: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _one_line(error: ValueError | OSError) -> str:
+    """What the operating system says of a file begins with the file, not with a number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error.strerror or error) if isinstance(error, OSError) else str(error)
+
+
+def _run(argv: list[str]) -> int:
+    name = argv[0] if argv else "--help"
+    if name in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if argv else 2
+    if name in ("-V", "--version"):
+        print(f"qwen-jax {importlib.metadata.version('qwen-jax')}")
+        return 0
+    if name not in COMMANDS:
+        raise unknown_command(name, COMMANDS)
+    command = importlib.import_module(f"qwen_jax.commands.{name}")
+    parser = Parser(f"qwen-jax {name}", COMMANDS[name], command.EXAMPLE)
+    command.add_options(parser)
+    return command.run(parser.parse_args(argv[1:]))
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {about}" for name, about in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: qwen-jax COMMAND [OPTIONS]      qwen-jax COMMAND --help shows the options",
+            "",
+            _ABOUT,
+            "",
+            "commands:",
+            *lines,
+            "",
+            "example:",
+            f"  {_EXAMPLE}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""The import order: a file may import only what stands above it, so the parts stay layers.
+
+Reads the files with `ast`; imports none of them. A new file goes into `_ORDER`, above everything
+that uses it.
+"""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+_ORDER = """
+pallas_kernels.registry
+pallas_kernels.narrow
+pallas_kernels.ragged_dot.xla
+pallas_kernels.ragged_dot
+pallas_kernels.ragged_dot.cases
+pallas_kernels.paged_attention.xla
+pallas_kernels.paged_attention
+pallas_kernels.paged_attention.cases
+pallas_kernels.segment_attention.xla
+pallas_kernels.segment_attention
+pallas_kernels
+
+qwen_jax.dims
+qwen_jax.sharding
+qwen_jax.runtime
+
+qwen_jax.weights
+qwen_jax.weights.config
+qwen_jax.weights.json_keys
+qwen_jax.weights.hf_config
+qwen_jax.weights.presets
+qwen_jax.weights.quant
+qwen_jax.weights.config_json
+qwen_jax.weights.params
+qwen_jax.weights.derive
+qwen_jax.weights.requantize
+qwen_jax.weights.copying
+qwen_jax.weights.safetensors_header
+qwen_jax.weights.safetensors
+qwen_jax.weights.hf
+qwen_jax.weights.progress
+qwen_jax.weights.manifest
+qwen_jax.weights.location
+qwen_jax.weights.orbax_io
+qwen_jax.weights.load
+qwen_jax.weights.journal
+qwen_jax.weights.pieces
+qwen_jax.weights.convert
+qwen_jax.weights.checkpoint
+
+qwen_jax.model
+qwen_jax.model.norm
+qwen_jax.model.rope
+qwen_jax.model.cache
+qwen_jax.model.attention
+qwen_jax.model.moe
+qwen_jax.model.text
+qwen_jax.model.vision
+qwen_jax.model.step
+qwen_jax.roofline
+
+qwen_jax.prompt
+qwen_jax.prompt.tokenizer_files
+qwen_jax.prompt.tokenizer
+qwen_jax.prompt.taint
+qwen_jax.prompt.sandbox_meter
+qwen_jax.prompt.sandbox
+qwen_jax.prompt.chat_messages
+qwen_jax.prompt.chat
+qwen_jax.prompt.fim
+qwen_jax.prompt.stop
+qwen_jax.prompt.parsing_schema
+qwen_jax.prompt.parsing_tags
+qwen_jax.prompt.parsing_tools
+qwen_jax.prompt.parsing_coder
+qwen_jax.prompt.parsing
+qwen_jax.prompt.preprocessor
+qwen_jax.prompt.media_options
+qwen_jax.prompt.media
+qwen_jax.prompt.resize
+qwen_jax.prompt.patches
+qwen_jax.prompt.image_files
+qwen_jax.prompt.video_files
+qwen_jax.prompt.video
+qwen_jax.prompt.images
+qwen_jax.prompt.mrope
+qwen_jax.prompt.vision_prompt
+
+qwen_jax.sampling_rows
+qwen_jax.sampling_select
+qwen_jax.sampling_draw
+qwen_jax.sampling
+qwen_jax.generation_state
+qwen_jax.generation
+qwen_jax.requests
+qwen_jax.results
+qwen_jax.inputs
+qwen_jax.functional
+
+qwen_jax.engine
+qwen_jax.engine.pages
+qwen_jax.engine.capacity
+qwen_jax.engine.chunks
+qwen_jax.engine.compile_clock
+qwen_jax.engine.token_logprobs
+qwen_jax.engine.sequence
+qwen_jax.engine.static_batch
+qwen_jax.engine.offline
+
+qwen_jax.llm
+qwen_jax
+
+qwen_jax.commands
+qwen_jax.commands.options
+qwen_jax.commands.output
+qwen_jax.commands.session
+qwen_jax.commands.completion
+qwen_jax.commands.conversation
+qwen_jax.commands.generate
+qwen_jax.commands.chat
+qwen_jax.commands.fill
+qwen_jax.commands.convert
+qwen_jax.commands.info
+qwen_jax.commands.bench
+qwen_jax.commands.parser
+qwen_jax.cli
+"""
+ORDER = _ORDER.split()
+# What an installation may lack, or what is slow to import: only in the function that needs it.
+LATE = {
+    "PIL",
+    "av",
+    "fastapi",
+    "grain",
+    "huggingface_hub",
+    "llguidance",
+    "matplotlib",
+    "orbax",
+    "pyarrow",
+    "sentencepiece",
+    "torch",
+    "transformers",
+    "uvicorn",
+}
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in ("pallas_kernels", "qwen_jax")
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+
+
+def imports(name, source, *, top_only=False):
+    """The dotted names that a module's source imports, `from` ones as far as they are modules."""
+    tree = ast.parse(source)
+    nodes = list(_at_import(tree)) if top_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: imports are absolute here"
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {each if each in FILES else node.module for each in inner}
+    return found
+
+
+def _at_import(node):
+    """Every node that runs, or at least is reached, when the module is imported."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield child
+            yield from _at_import(child)
+
+
+def problems(name, source, order=ORDER):
+    """What a module imports that does not stand above it."""
+    own = {each for each in imports(name, source) if each in FILES or each.split(".")[0] in PARTS}
+    place = {each: index for index, each in enumerate(order)}
+    return sorted(each for each in own if place.get(each, len(order)) >= place[name])
+
+
+PARTS = {name.split(".")[0] for name in FILES}
+
+
+def test_every_file_has_one_place():
+    missing = sorted(set(FILES) - set(ORDER))
+    assert not missing, f"put these into _ORDER of tests/test_imports.py: {missing}"
+    assert len(set(ORDER)) == len(ORDER)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_imports_only_what_stands_above_it(name):
+    below = problems(name, FILES[name].read_text()) if name in ORDER else []
+    assert not below, f"{name} imports {below}; move it below them, or do not import them"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("pallas_kernels")])
+def test_kernels_know_nothing_of_the_model(name):
+    roots = {each.split(".")[0] for each in imports(name, FILES[name].read_text())}
+    assert "qwen_jax" not in roots
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_optional_and_heavy_packages_are_imported_where_they_are_used(name):
+    at_top = imports(name, FILES[name].read_text(), top_only=True)
+    assert not {each for each in at_top if each.split(".")[0] in LATE}
+
+
+@pytest.mark.parametrize(
+    ("source", "wrong"),
+    [
+        ("from qwen_jax import dims", []),
+        ("from qwen_jax.weights import params", ["qwen_jax.weights.params"]),
+        ("from qwen_jax.weights.params import Param", ["qwen_jax.weights.params"]),
+        ("def f():\n    import qwen_jax.llm", ["qwen_jax.llm"]),
+        ("from qwen_jax.weights.quant import QArray", ["qwen_jax.weights.quant"]),
+        ("import qwen_jax.no_such_file", ["qwen_jax.no_such_file"]),
+    ],
+)
+def test_an_import_from_below_is_seen(source, wrong):
+    assert problems("qwen_jax.weights.quant", source) == wrong
+
+
+def test_an_import_inside_a_function_is_not_at_the_top():
+    source = (
+        "import os\nif os:\n    import av\ndef f():\n    import torch\nclass A:\n    import PIL\n"
+    )
+    assert imports("x", source, top_only=True) == {"os", "av", "PIL"}
+    assert imports("x", source) == {"os", "av", "PIL", "torch"}
