@@ -232,7 +232,7 @@ def _prompt_logprobs(params, config, runtime, x_TD, targets_T, k: int) -> sampli
         jnp.pad(targets_T, (0, pad)).reshape(-1, block),
     )
     out = jax.lax.map(one, blocks)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:tokens], out)
+    return jax.tree.map(lambda x: x.reshape(tokens + pad, *x.shape[2:])[:tokens], out)
 
 
 _STATIC = ("config", "runtime", "options", "num_logprobs")

@@ -94,7 +94,7 @@ def test_the_callers_wish_goes_before_the_checkpoints():
 
 def test_a_header_that_claims_endless_frames_costs_nothing():
     for options in (MediaOptions(do_sample_frames=False), MediaOptions(num_frames=10**12)):
-        with pytest.raises(ValueError, match="leave no room .* or take fewer frames"):
+        with pytest.raises(ValueError, match=r"leave no room .* or take fewer frames"):
             video.sample_indices(2**62, 25.0, RULES, options)
     assert len(video.sample_indices(2**40, 25.0, RULES, MediaOptions())) == 768
 

@@ -31,11 +31,10 @@ class TokenLogprobs:
 def most_wanted(wanted, vocab_size: int) -> int | None:
     """How many logprobs a program reports for rows that want these numbers of them.
 
-    None where no row wants any, -1 where one wants all, else rounded up to a power of two: a
-    program is compiled for each number.
+    None where no row wants any, -1 where one wants all, else rounded up to a power of two, at least
+    1: a program is compiled for each number.
     """
     asked = [k for k in wanted if k is not None]
     if not asked or -1 in asked:
         return -1 if asked else None
-    most = max(asked)
-    return min(1 << (most - 1).bit_length(), vocab_size) if most else 0
+    return min(1 << (max(*asked, 1) - 1).bit_length(), vocab_size)

@@ -53,9 +53,7 @@ def route(router: Weight, x_TD: jax.Array, is_token: jax.Array, config: TextConf
 
     Source: transformers Qwen3MoeTopKRouter.
     """
-    logits_TR = jnp.einsum(
-        "TD,DR->TR", x_TD, quant.dequantize(router, x_TD.dtype), preferred_element_type=jnp.float32
-    )
+    logits_TR = quant.einsum("TD,DR->TR", x_TD, router, jnp.float32)
     weights, experts = jax.lax.top_k(jax.nn.softmax(logits_TR), config.num_experts_per_tok)
     if config.norm_topk_prob:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)

@@ -84,10 +84,9 @@ def unembed(params: Weights, x_TD: jax.Array, config: ModelConfig, runtime: Runt
     """Final norm and head: [T, D] -> float32 logits [T, V], whole on every device."""
     normed = rms_norm(x_TD, params.norm, config.text.rms_norm_eps)
     if params.head is None:
-        logits = jnp.einsum("TD,VD->TV", normed, params.embed, preferred_element_type=jnp.float32)
+        logits = quant.einsum("TD,VD->TV", normed, params.embed, jnp.float32)
     else:
-        head = quant.dequantize(params.head, normed.dtype)
-        logits = jnp.einsum("TD,DV->TV", normed, head, preferred_element_type=jnp.float32)
+        logits = quant.einsum("TD,DV->TV", normed, params.head, jnp.float32)
     return sharding_lib.constrain(logits, ". .", runtime.mesh, runtime.rules)
 
 

@@ -75,9 +75,7 @@ def encode(
         mean, std: per colour, of the checkpoint's preprocessor.
     """
     pixels = normalise(batch.patches, config, mean, std).astype(runtime.dtype)
-    x_UD = jnp.einsum(
-        "UCZYX,CZYXD->UD", pixels, weights.patch, preferred_element_type=jnp.float32
-    ).astype(runtime.dtype)
+    x_UD = quant.einsum("UCZYX,CZYXD->UD", pixels, weights.patch)
     x_UD = x_UD + weights.patch_bias + learned_positions(weights.positions, batch, runtime)
     rotary = angles(batch.coordinates, config)
     levels = []

@@ -104,19 +104,23 @@ def _in_order(
         mine = [picture for picture in pictures if picture.kind == kind]
         places = sum(1 for part in parts if part == pad and pad is not None)
         if places != len(mine):
-            token = f"<|{kind}_pad|>"
-            fix = f"add {token} where each {kind} belongs, or leave {kind}s out"
-            if places > len(mine):
-                fix = f"give an {kind} for each, or remove {token} from the text"
-                fix = fix.replace("an video", "a video")
-            names = f" ({', '.join(picture.name for picture in mine)})" if mine else ""
-            raise ValueError(
-                f"{name} has {places} {kind} placeholders and {len(mine)} {kind}s{names}: {fix} "
-                "(one placeholder each; expanding it is done here)"
-            )
+            raise _unpaired(kind, places, mine, name)
         queues[kind] = iter(mine)
     kinds = {pad: kind for kind, pad in pads.items() if pad is not None}
     return [next(queues[kinds[part]]) for part in parts if isinstance(part, int) and part in kinds]
+
+
+def _unpaired(kind: str, places: int, mine: Sequence[Picture], name: str) -> ValueError:
+    token, one = f"<|{kind}_pad|>", "an image" if kind == "image" else "a video"
+    if places > len(mine):
+        fix = f"give {one} for each, or remove {token} from the text"
+    else:
+        fix = f"add {token} where each {kind} belongs, or leave {kind}s out"
+    names = f" ({', '.join(picture.name for picture in mine)})" if mine else ""
+    return ValueError(
+        f"{name} has {places} {kind} placeholders and {len(mine)} {kind}s{names}: {fix} "
+        "(one placeholder each; expanding it is done here)"
+    )
 
 
 def _expanded(

@@ -114,8 +114,8 @@ def _block_max(x: jax.Array, blocks: Sequence[int]) -> jax.Array:
     return x
 
 
-def einsum(spec: str, x: jax.Array, w: Weight) -> jax.Array:
-    """``jnp.einsum(spec, x, w)``, accumulated in float32 and rounded to x's dtype.
+def einsum(spec: str, x: jax.Array, w: Weight, out_dtype=None) -> jax.Array:
+    """``jnp.einsum(spec, x, w)``, accumulated in float32, rounded to ``out_dtype`` (x's dtype).
 
     A weight with a single scale along every contracted axis is multiplied as it is stored and
     scaled afterwards, which is exact; another is dequantised to x's dtype first (one rounding).
@@ -126,16 +126,22 @@ def einsum(spec: str, x: jax.Array, w: Weight) -> jax.Array:
         w: plain or quantised.
     """
     if not isinstance(w, QArray):
-        out = jnp.einsum(spec, x, w, preferred_element_type=jnp.float32)
-        return out.astype(x.dtype)
+        return _product(spec, x, w).astype(out_dtype or x.dtype)
     operands, result = spec.split("->")
     letters = operands.split(",")[1]
     contracted = [i for i, letter in enumerate(letters) if letter not in result]
     if any(w.scale.shape[i] > 1 for i in contracted):
-        return einsum(spec, x, dequantize(w, x.dtype))
-    out = jnp.einsum(spec, x, w.values.astype(x.dtype), preferred_element_type=jnp.float32)
+        return einsum(spec, x, dequantize(w, x.dtype), out_dtype)
+    out = _product(spec, x, w.values.astype(x.dtype))
     scale = spread(w.scale.astype(jnp.float32), w.shape, w.blocks)
     kept = "".join(letter for letter in result if letter in letters)
     size = dict(zip(letters, scale.shape, strict=True))
     scale = jnp.einsum(f"{letters}->{kept}", scale)  # contracted axes have size 1
-    return (out * scale.reshape([size.get(letter, 1) for letter in result])).astype(x.dtype)
+    out = out * scale.reshape([size.get(letter, 1) for letter in result])
+    return out.astype(out_dtype or x.dtype)
+
+
+def _product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    # TPUs and GPUs multiply float32 in fewer bits by default; who asks for float32 wants it exact.
+    precision = "highest" if x.dtype == jnp.float32 else None
+    return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=jnp.float32)
