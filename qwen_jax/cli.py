@@ -62,7 +62,7 @@ def _run(argv: list[str]) -> int:
         print(_help())
         return 0 if argv else 2
     if name in ("-V", "--version"):
-        print(f"qwen-jax {importlib.metadata.version('qwen-jax')}")
+        print(f"qwen-jax {_version()}")
         return 0
     if name not in COMMANDS:
         raise unknown_command(name, COMMANDS)
@@ -70,6 +70,13 @@ def _run(argv: list[str]) -> int:
     parser = Parser(f"qwen-jax {name}", COMMANDS[name], command.EXAMPLE)
     command.add_options(parser)
     return command.run(parser.parse_args(argv[1:]))
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("qwen-jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed: run from its source tree)"
 
 
 def _help() -> str:

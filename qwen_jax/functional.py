@@ -93,34 +93,18 @@ def generate(
         rows behind ``len(tokens)`` are padding up to a declared bucket.
 
     Raises:
-        ValueError: an empty row, an id out of range, or a row that got no finite logits.
+        ValueError: no rows, an empty row, an id out of range, a context longer than the model's,
+            settings for another number of rows, or a row that got no finite logits.
     """
     runtime = runtime or default_runtime(config)
-    vocab = config.text.vocab_size
-    for b, row in enumerate(tokens):
-        if not len(row) or min(row) < 0 or max(row) >= vocab:
-            raise ValueError(f"row {b}: needs at least one token id, all of them in 0..{vocab - 1}")
-    if settings is None:
-        settings = sampling.RowSettings(temperature=0.0, stop_ids=config.eos_token_ids)
-    per_row = [settings] * len(tokens) if isinstance(settings, sampling.RowSettings) else settings
-    buckets, page_size = runtime.buckets, runtime.page_size
-    size = buckets.pick("rows", len(tokens))
-    rows_sampling = sampling.RowSampling.make(
-        [*per_row, *[per_row[0]] * (size - len(tokens))], vocab
-    )
-    used = jnp.arange(size) < len(tokens)
-    rows = loop.Rows(rows_sampling, jnp.where(used, max_new_tokens, 0), jnp.zeros(size, jnp.int32))
-    longest = max(len(row) for row in tokens) + max_new_tokens
-    width = buckets.pick("pages", -(-longest // page_size))
+    _check(config, tokens, max_new_tokens)
+    size = runtime.buckets.pick("rows", len(tokens))
+    longest = max(map(len, tokens)) + max_new_tokens
+    width = runtime.buckets.pick("pages", -(-longest // runtime.page_size))
     table = np.arange(size * width, dtype=np.int32).reshape(size, width)
-    features = sampling.Features.of(rows_sampling)
-    counts = None
-    if features.penalties:
-        seen = np.zeros((size, vocab), bool)
-        for b, row in enumerate(tokens):
-            seen[b, list(row)] = True
-        counts = sampling.Counts(jnp.zeros((size, vocab), jnp.int32), jnp.asarray(seen))
-    flat = buckets.pick("tokens", sum(len(row) for row in tokens))
+    flat = runtime.buckets.pick("tokens", sum(map(len, tokens)))
+    rows = _rows(config, settings, len(tokens), size, max_new_tokens)
+    features = sampling.Features.of(rows.sampling)
     state = loop.jit_generate(
         params,
         config,
@@ -128,10 +112,10 @@ def generate(
         pack(tokens, [0] * len(tokens), table, num_tokens=flat),
         make_cache(config.text, runtime, size * width),
         rows,
-        counts,
+        _counts(config, tokens, size) if features.penalties else None,
         options=loop.Options(
             features=features,
-            new_tokens=buckets.pick("new_tokens", max_new_tokens),
+            new_tokens=runtime.buckets.pick("new_tokens", max_new_tokens),
             logprobs=logprobs,
         ),
     )
@@ -141,3 +125,43 @@ def generate(
         np.asarray(state.tokens)[failed, last[failed]], [f"row {b}" for b in failed]
     )
     return state
+
+
+def _check(config: ModelConfig, tokens: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    vocab, limit = config.text.vocab_size, config.text.max_position_embeddings
+    if not len(tokens) or max_new_tokens < 1:
+        raise ValueError(
+            f"{len(tokens)} rows, max_new_tokens={max_new_tokens}: each must be at least 1"
+        )
+    for b, row in enumerate(tokens):
+        if not len(row) or min(row) < 0 or max(row) >= vocab:
+            raise ValueError(f"row {b}: needs at least one token id, all of them in 0..{vocab - 1}")
+        if len(row) + max_new_tokens > limit:
+            raise ValueError(
+                f"row {b}: {len(row):,} tokens and max_new_tokens={max_new_tokens:,} exceed the "
+                f"model's {limit:,} positions"
+            )
+
+
+def _rows(config: ModelConfig, settings, count: int, size: int, max_new_tokens: int) -> loop.Rows:
+    """Settings of ``count`` rows, and of unused ones up to ``size``."""
+    if settings is None:
+        settings = sampling.RowSettings(temperature=0.0, stop_ids=config.eos_token_ids)
+    if isinstance(settings, sampling.RowSettings):
+        settings = [settings] * count
+    if len(settings) != count:
+        raise ValueError(f"{len(settings)} settings for {count} rows; give 1 or {count}")
+    padded = [*settings, *[settings[0]] * (size - count)]
+    limits = [max_new_tokens] * count + [0] * (size - count)
+    return loop.Rows(
+        sampling.RowSampling.make(padded, config.text.vocab_size),
+        jnp.asarray(limits, jnp.int32),
+        jnp.zeros(size, jnp.int32),
+    )
+
+
+def _counts(config: ModelConfig, tokens: Sequence[Sequence[int]], size: int) -> sampling.Counts:
+    seen = np.zeros((size, config.text.vocab_size), bool)
+    for b, row in enumerate(tokens):
+        seen[b, list(row)] = True
+    return sampling.Counts(jnp.zeros(seen.shape, jnp.int32), jnp.asarray(seen))

@@ -93,8 +93,10 @@ class Ours:
         cache = make_cache(self.config.text, self.runtime, rows * width)
         jax.block_until_ready((batch, cache))
         began = time.perf_counter()
-        self.state = generation.jit_start(
-            *self.model, batch, cache, self.rows, None, None, options=self.options
+        x_BD, cache, _ = generation.jit_prefill(*self.model, batch, cache, None, num_logprobs=None)
+        where = (batch.page_table, batch.kv_lens)
+        self.state = generation.jit_first(
+            *self.model, x_BD, cache, *where, self.rows, None, options=self.options
         )
         first = np.asarray(self.state.tokens[:, 0])
         self.prefill_seconds = time.perf_counter() - began
@@ -154,7 +156,7 @@ def measure(theirs: Theirs, ours: Ours, rows: int, length: int, steps: int, roun
         began = time.perf_counter()
         made = theirs.decode(steps)
         hf_decode = (time.perf_counter() - began) / steps
-        our_first = ours.prefill(tokens, 3 * steps)
+        our_first = ours.prefill(tokens, steps + 8)
         ours.decode(2)
         began = time.perf_counter()
         ours.decode(steps)

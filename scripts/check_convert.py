@@ -109,10 +109,11 @@ def convert_here(source: str, out: str) -> None:
 
     jax.devices()
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
-    base, start = resident("VmRSS"), time.monotonic()
+    base, start, busy = resident("VmRSS"), time.monotonic(), time.process_time()
     convert(source, out, progress=lambda t: print(json.dumps([t.done, t.total]), flush=True))
     seconds, above = time.monotonic() - start, resident("VmHWM") - base
-    print(json.dumps({"base": base, "above": above, "seconds": seconds}), flush=True)
+    told = {"base": base, "above": above, "seconds": seconds, "cpu": time.process_time() - busy}
+    print(json.dumps(told), flush=True)
 
 
 def run_child(source: pathlib.Path, out: pathlib.Path, kill_at: float | None) -> dict:
@@ -185,7 +186,7 @@ def check(work: pathlib.Path, gigabytes: float, kill_at: float) -> int:
     for name, run in runs.items():
         share = run["above"] / largest
         print(
-            f"{name:15} {run['seconds']:.1f} s, {size / run['seconds'] / 1e9:.2f} GB/s, base "
+            f"{name:15} {run['seconds']:.1f} s ({run['cpu']:.1f} s of processors), base "
             f"{run['base'] / 1e6:.0f} MB, peak {run['above'] / 1e6:.0f} MB above it: {share:.2f} "
             f"of the largest leaf (bound {BOUND})"
         )

@@ -1,4 +1,4 @@
-"""Options and fixtures every test shares. Tests never download, and never need files outside the clone.
+"""Options and fixtures every test shares. Tests need no download and no file outside the clone.
 
 Real configs, templates and the real tokenizer sharpen some tests; `--shared-data DIR` (or the
 environment variable QWEN_JAX_SHARED_DATA) says where they are, and those tests skip without it.
@@ -19,7 +19,7 @@ for _flag, _value in (
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
 
-import pytest
+import pytest  # noqa: E402  (it may import JAX plugins)
 
 
 def pytest_addoption(parser):

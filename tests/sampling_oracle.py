@@ -54,7 +54,7 @@ def distribution(row: Row) -> tuple[np.ndarray, float]:
     x = x / s.temperature
     p = softmax(x)
     if s.min_p > 0:
-        margin = min(margin, np.abs(p / p.max() - s.min_p).min())
+        margin = np.abs(p[p < p.max()] / p.max() - s.min_p).min(initial=1.0)
         x = np.where(p >= s.min_p * p.max(), x, -np.inf)
     if 0 < s.top_k < len(x):
         x = np.where(x >= sorted(x, reverse=True)[s.top_k - 1], x, -np.inf)

@@ -117,10 +117,10 @@ def test_without_params_the_checkpoint_decides(llm):
 
 
 def test_without_max_tokens_a_text_ends_at_max_model_len(llm):
-    ids = [int(i) for i in np.random.default_rng(0).integers(0, 256, 120)]
+    ids = [int(i) for i in np.random.default_rng(1).integers(0, 256, 248)]
     params = SamplingParams(temperature=0.0)
     (result,) = llm.generate({"prompt_token_ids": ids}, params, use_tqdm=False)
-    assert len(result.outputs[0].token_ids) == 128 - 120
+    assert len(result.outputs[0].token_ids) == 256 - 248
     assert result.outputs[0].finish_reason == "length"
 
 
@@ -130,16 +130,16 @@ def test_chunked_prefill_equals_whole(llm, together):
 
 
 def test_a_cache_that_grows_half_way_changes_nothing(llm, monkeypatch):
-    # 40 tokens and a stretch of 16 are 4 pages a row, the next stretch needs a fifth.
-    ids = np.random.default_rng(0).integers(0, 256, (4, 40))
+    # 104 tokens and a stretch of 16 are 8 pages a row, the next stretch needs a ninth.
+    ids = np.random.default_rng(0).integers(0, 256, (4, 104))
     prompts = [{"prompt_token_ids": row} for row in ids]
     params = SamplingParams(temperature=0.0, max_tokens=40, stop="never")
     expected = tokens(llm.generate(prompts, params, use_tqdm=False))
-    monkeypatch.setattr("qwen_jax.engine.static_batch._FIRST_PAGES", 16)
+    monkeypatch.setattr("qwen_jax.engine.static_batch._FIRST_PAGES", 32)
     model = tiny_llm.open_llm()
-    assert model._offline._batch._cache.num_pages == 16
-    assert tokens(model.generate(prompts, params, use_tqdm=False)) == expected
     assert model._offline._batch._cache.num_pages == 32
+    assert tokens(model.generate(prompts, params, use_tqdm=False)) == expected
+    assert model._offline._batch._cache.num_pages == 64
 
 
 def test_a_cache_lost_to_an_interrupt_is_made_anew(llm, together):
@@ -195,8 +195,8 @@ def test_totals_count_tokens_and_leave_compiling_out(llm):
         ({"prompt_token_ids": "12"}, "'12' is not a list of token ids"),
         (Prompt((999,)), "token id 999 is not"),
         (
-            {"prompt_token_ids": [1] * 128},
-            r"prompt 0 has 128 tokens, max_model_len is 128: raise max_model_len \(KV for 2,048 "
+            {"prompt_token_ids": [1] * 256},
+            r"prompt 0 has 256 tokens, max_model_len is 256: raise max_model_len \(KV for 2,048 "
             r"fits\) or shorten it",
         ),
         ([], "empty list"),

@@ -3,6 +3,8 @@
 One anchor row brings every sampling option, so that all rows here share one program.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -213,6 +215,14 @@ def test_prompt_logprobs_go_to_the_rows_that_asked(llm):
     assert first.prompt_logprobs is None
     assert [len(entry) for entry in second.prompt_logprobs[1:]] == [1, 1, 1]
     assert third.prompt_logprobs == [None]
+
+
+def test_a_stream_brings_the_same_logprobs(llm):
+    params = dataclasses.replace(ANCHOR, max_tokens=20, stop="<", seed=1)
+    (whole,) = llm.generate(PROMPT, params, use_tqdm=False)
+    *_, last = llm.stream(PROMPT, params)
+    assert last.output.outputs == whole.outputs
+    assert len(whole.outputs[0].logprobs) == len(whole.outputs[0].token_ids) > 3
 
 
 # ---- faults --------------------------------------------------------------------------------------

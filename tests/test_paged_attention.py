@@ -262,8 +262,9 @@ def test_page_numbers_behind_the_context_are_not_followed():
         np.testing.assert_array_equal(got.pages, want.pages)
 
 
-def test_zeros_are_cached_as_zeros():
-    batch = make(*MIXED, Shape(cache="int8"))
+@pytest.mark.parametrize("cache", NARROW)
+def test_zeros_are_cached_as_zeros(cache):
+    batch = make(*MIXED, Shape(cache=cache, scaled=True))
     batch.k[:], batch.v[:] = 0, 0
     got = run(*batch.args())
     assert np.isfinite(np.asarray(got.out_TNH)).all()
@@ -319,6 +320,27 @@ def test_any_ragged_batch(data):
         left -= q_lens[-1]
     kv_lens = [q + data.draw(st.integers(0, WIDTH * PAGE - q)) for q in q_lens]
     check(make(q_lens, kv_lens, seed=data.draw(st.integers(0, 99))))
+
+
+@FORMS
+def test_no_page_is_read_behind_the_block_a_tile_ends_in(lens, monkeypatch):
+    reads = []
+    read = xla._Cache.read
+
+    def counted(self, page, head, dtype):
+        jax.debug.callback(lambda page: reads.append(page.size * PAGE), page)
+        return read(self, page, head, dtype)
+
+    monkeypatch.setattr(xla._Cache, "read", counted)
+    monkeypatch.setattr(xla, "LANES", {"cpu": 1, "default": 1})
+    jax.block_until_ready(jax.jit(lambda *args: call(*args))(*make(*lens).args()))
+    jax.effects_barrier()
+    want, block, tall = 0, 2 * PAGE, 5
+    for q_len, kv_len in zip(*lens, strict=True):
+        for start in range(0, q_len, tall):
+            seen = kv_len - q_len + min(start + tall, q_len)
+            want += -(-seen // block) * block
+    assert sum(reads) == 2 * want, "keys and values of the blocks that are seen"
 
 
 def compiled(case: cases.Case, cache="float32", page_size=16, inside=None):

@@ -261,19 +261,25 @@ def test_no_more_than_one_expert_is_ever_copied(model, name, dtype, weight, bloc
     assert memory.temp_size_in_bytes < np.prod(case.w_shape) * jnp.dtype(weight).itemsize / 2
 
 
-@pytest.mark.parametrize("rows", [1, 4, 7])
-def test_work_is_only_for_groups_that_have_rows(rows):
-    sizes = jnp.asarray([0, 3, 0, 8, 1, 0], jnp.int32)
-    first = 1
-    spans = xla._spans(sizes, first, 4)
-    count, expert, start, end = spans.items(rows, 20)
-    want = [
-        (e, offset, int(sizes[: e + 2].sum()))
-        for e in range(4)
-        for offset in range(int(sizes[: e + 1].sum()), int(sizes[: e + 2].sum()), rows)
-    ]
-    got = zip(*(np.asarray(a[:count]).tolist() for a in (expert, start, end)), strict=True)
-    assert list(got) == want
+@pytest.mark.parametrize("M", [SKINNY, WIDE])
+def test_only_experts_with_rows_are_read_and_once_per_item(M, monkeypatch):
+    reads = []
+
+    def counted(read):
+        def run(self, e, argument):
+            jax.debug.callback(lambda e: reads.append(int(e)), e, ordered=True)
+            return read(self, e, argument)
+
+        return run
+
+    monkeypatch.setattr(xla._Experts, "strips", counted(xla._Experts.strips))
+    monkeypatch.setattr(xla._Experts, "matrix", counted(xla._Experts.matrix))
+    x, w = inputs(M, 32, 8)
+    sizes = split(M, ROUTINGS["ragged"])
+    jax.block_until_ready(jax.jit(lambda *args: ragged_dot(*args))(x, w, sizes))
+    jax.effects_barrier()
+    rows = 4 if M == SKINNY else M
+    assert reads == [e for e, n in enumerate(sizes) for _ in range(0, n, rows)]
 
 
 def test_what_does_not_fit_together_raises():

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sampling_oracle import Row, arguments, distribution
 
@@ -77,11 +77,11 @@ row_settings = st.fixed_dictionaries(
     {
         "temperature": st.sampled_from([0.0, 0.5, 0.7, 1.0, 2.0]),
         "top_k": st.sampled_from([0, 1, 2, 5, V - 1, V, V + 1, 1000]),
-        "top_p": st.one_of(st.just(1.0), st.floats(1e-9, 1.0)),
+        "top_p": st.one_of(st.just(1.0), st.floats(1e-9, 0.9999)),
         "min_p": st.one_of(st.just(0.0), st.floats(0, 1)),
         "repetition": st.sampled_from([0.5, 1.0, 1.25, 2.0]),
-        "presence": quarters.filter(lambda x: abs(x) <= 2),
-        "frequency": quarters.filter(lambda x: abs(x) <= 2),
+        "presence": st.integers(-8, 8).map(lambda n: n / 4),
+        "frequency": st.integers(-8, 8).map(lambda n: n / 4),
         "bias": st.dictionaries(token_ids, quarters, max_size=4),
         "allowed": st.one_of(st.none(), st.sets(token_ids, min_size=3)),
         "stop_ids": st.sets(token_ids, max_size=2),
@@ -103,15 +103,15 @@ WIDEST = Row(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(any_row, min_size=3, max_size=3))
 def test_any_combination_keeps_the_right_tokens_with_the_right_probabilities(batch):
-    wanted = [distribution(row) for row in batch]
-    assume(all(margin > 1e-5 for _, margin in wanted))
     found = PROBABILITIES(**(arguments([*batch, WIDEST]) | {"features": Features()}))
-    for (p, _), q in zip(wanted, np.asarray(found), strict=False):
-        np.testing.assert_array_equal(q > 0, p > 1e-38)
-        np.testing.assert_allclose(q, p, rtol=1e-5, atol=1e-38)
+    for row, p in zip(batch, np.asarray(found), strict=False):
+        wanted, margin = distribution(row)
+        if margin > 1e-5:  # else the arithmetic decides which side of a cutoff a token is on
+            np.testing.assert_array_equal(p > 0, wanted > 1e-38)
+            np.testing.assert_allclose(p, wanted, rtol=1e-5, atol=1e-38)
 
 
 def test_the_order_of_steps_is_that_of_vllm():

@@ -65,7 +65,12 @@ class _Cache:
 
     def read(self, page, combined_head, dtype):
         """Whole pages of some heads: [..., page_size, H] in ``dtype``."""
-        return narrow.from_bytes(self.pages[page, :, combined_head], self.dtype).astype(dtype)
+        values = self.pages.at[page, :, combined_head].get(mode="promise_in_bounds")
+        return narrow.from_bytes(values, self.dtype).astype(dtype)
+
+    def read_scales(self, page, combined_head):
+        """Their scales: [..., page_size]."""
+        return self.scales.at[page, :, combined_head].get(mode="promise_in_bounds")
 
 
 @struct.dataclass
@@ -216,7 +221,7 @@ def _online(q, cache, tiles, sm_scale, height):
         scores = jnp.einsum("UKRH,UKSH->UKRS", q, keys, preferred_element_type=jnp.float32)
         scores = scores * sm_scale
         if cache.scales is not None:
-            scores = scores * cache.scales[page, :, head].reshape(lanes, K, 1, S)
+            scores = scores * cache.read_scales(page, head).reshape(lanes, K, 1, S)
         seen = position <= row_position[:, :, None]
         scores = jnp.where(seen[:, None], scores, -jnp.inf)
         # Position 0 is seen by every token, so this is finite from the first block on.
@@ -225,7 +230,7 @@ def _online(q, cache, tiles, sm_scale, height):
         weights = jnp.exp(scores - new[..., None])
         total = total * decay + weights.sum(-1)
         if cache.scales is not None:
-            scale = cache.scales[page, :, head + 1].reshape(lanes, K, S)
+            scale = cache.read_scales(page, head + 1).reshape(lanes, K, S)
             weights = weights * jnp.where(used, scale, 0)[:, :, None]
         acc = acc * decay[..., None] + jnp.einsum(
             "UKRS,UKSH->UKRH", weights.astype(q.dtype), values, preferred_element_type=jnp.float32

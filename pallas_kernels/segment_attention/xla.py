@@ -32,10 +32,12 @@ def segment_attention(q_UNH, k_UNH, v_UNH, segment_starts, sm_scale):
     low_U, high_U = (jnp.pad(x, (0, pad)) for x in (low_U, high_U))
     q = jnp.pad(q_UNH, ((0, pad), (0, 0), (0, 0))).reshape(tiles, tile, N, H)
     # Slices of `block` keys start anywhere below U: the last one is moved back to end at U.
-    out = lax.map(
-        lambda args: _tile(*args, k_UNH, v_UNH, sm_scale, block),
-        (q, low_U.reshape(tiles, tile), high_U.reshape(tiles, tile)),
-    )
+
+    def one(args):
+        q_tNH, low_t, high_t = args
+        return _tile(q_tNH, low_t, high_t, k_UNH, v_UNH, sm_scale, block)
+
+    out = lax.map(one, (q, low_U.reshape(tiles, tile), high_U.reshape(tiles, tile)))
     return out.reshape(tiles * tile, N, H)[:U]
 
 

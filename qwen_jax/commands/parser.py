@@ -43,9 +43,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def _near(name: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    # What is typed may also be the beginning of a name: --temp, --max-tok.
-    near = near or [flag for flag in known if flag.startswith(name)]
+    # What is typed may be the beginning of a name: --temp, --max-tok.
+    near = [flag for flag in known if flag.startswith(name)]
+    near = near or difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]}?" if near else " (see --help)"
 
 

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 _CPU_SHARE = 0.25  # of the host memory that weights leave: others use the machine too
 _MOST_DEVICES = 256  # of a mesh to propose
+_ROOM = 0.9  # of a device that a proposal fills with weights: the rest is for the cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +186,7 @@ def _fits(config: ModelConfig, runtime: Runtime, mesh: dict[str, int], memory: i
     sizes = tuple(mesh.get(axis, 1) for axis in sharding_lib.AXES)
     grid = AbstractMesh(sizes, sharding_lib.AXES, axis_types=(AxisType.Auto,) * len(sizes))
     try:
-        return _weight_bytes(config, runtime, grid) < memory
+        return _weight_bytes(config, runtime, grid) < _ROOM * memory
     except ValueError:  # it does not split over so many
         return False
 

@@ -77,13 +77,12 @@ def make_cache(config: TextConfig, runtime: Runtime, num_pages: int) -> KVCache:
 def grow_cache(cache: KVCache, num_pages: int) -> KVCache:
     """The same cache with empty pages behind it; the old one is dropped layer by layer."""
 
-    def grow(x: jax.Array | None) -> jax.Array | None:
-        if x is None:
-            return None
-        more = [(0, num_pages - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
-        return jax.jit(jnp.pad, static_argnums=1, out_shardings=x.sharding)(x, tuple(more))
+    def grow(x: jax.Array) -> jax.Array:
+        more = ((0, num_pages - x.shape[0]), *[(0, 0)] * (x.ndim - 1))
+        return jax.jit(jnp.pad, static_argnums=1, out_shardings=x.sharding)(x, more)
 
-    return KVCache(tuple(map(grow, cache.pages)), tuple(map(grow, cache.scales)))
+    scales = tuple(None if x is None else grow(x) for x in cache.scales)
+    return KVCache(tuple(map(grow, cache.pages)), scales)
 
 
 @struct.dataclass

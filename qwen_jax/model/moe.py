@@ -87,7 +87,7 @@ def moe(
             _weight_spec(weights.gate_up, "E D P F", runtime),
             _weight_spec(weights.down, "E F D", runtime),
             replicated,
-            Routing(replicated, replicated),
+            replicated,
         ),
         out_specs=replicated,
     )(weights.gate_up, weights.down, x_TD, routing)

@@ -5,6 +5,7 @@ weights into a kernel copies them; the layer function is jitted on its own, so t
 trace once.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -67,7 +68,8 @@ def decode(
     """All layers: the stream [T, D] before the final norm, and the updated cache."""
     rotary = angles(config.rope, config.head_dim, batch.positions)
     all_pages, all_scales = [], []
-    visual, batch = batch.visual, batch.replace(visual=None)  # no layer depends on its shapes
+    visual = batch.visual
+    batch = dataclasses.replace(batch, visual=None)  # no layer depends on its shapes
     for i, (weights, pages, scales) in enumerate(
         zip(layers, cache.pages, cache.scales, strict=True)
     ):

@@ -115,10 +115,10 @@ def learned_positions(table: jax.Array, batch: VisionBatch, runtime: Runtime) ->
 
     Source: transformers vision_utils.get_vision_interpolation_indices_and_weights.
     """
-    mixed = 0.0
-    for tap, weight in zip(batch.taps, batch.tap_weights, strict=True):
-        mixed = mixed + table[tap].astype(jnp.float32) * weight[:, None]
-    return mixed.astype(runtime.dtype)
+    taps_4UD = table[batch.taps].astype(jnp.float32)
+    return jnp.einsum("nUD,nU->UD", taps_4UD, batch.tap_weights, precision="highest").astype(
+        runtime.dtype
+    )
 
 
 def angles(coordinates: jax.Array, config: VisionConfig) -> tuple[jax.Array, jax.Array]:

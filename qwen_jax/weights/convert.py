@@ -77,7 +77,7 @@ def convert(
     location = resolve(path, load_format="auto", revision=revision, cache_dir=cache_dir)
     if location.form != "safetensors":
         raise ValueError(f"{location.given} is converted already: start from safetensors")
-    checkpoint = Checkpoint(location.files)
+    checkpoint = Checkpoint(location.local)
     plan = make_plan(read_config(location), checkpoint, dtype, quantization)
     out = _check_output(pathlib.Path(out).expanduser())
     partial = out.with_name(out.name + PARTIAL_SUFFIX)
@@ -149,8 +149,8 @@ def _convert(
         orbax_io.create(partial / ARRAYS, plan.abstract)
         arrays = _write_leaves(plan, checkpoint, partial / ARRAYS, journal, stop, progress)
         for name in SIDE_FILES:
-            if (location.files / name).exists():
-                shutil.copyfile(location.files / name, partial / name)
+            if (location.local / name).exists():
+                shutil.copyfile(location.local / name, partial / name)
                 _sync(partial / name)
         source = {"path": location.given, "files": hashes.result()}
         _write_manifest(partial, Manifest(plan.config, arrays, source, manifest.versions()))

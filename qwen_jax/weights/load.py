@@ -27,13 +27,13 @@ from qwen_jax.weights.location import (
     read_json,
     resolve,
 )
-from qwen_jax.weights.manifest import Directory
 from qwen_jax.weights.orbax_io import Reader
 from qwen_jax.weights.params import Param, Weights, table
 from qwen_jax.weights.progress import Meter, Progress
 from qwen_jax.weights.quant import QArray
 from qwen_jax.weights.requantize import quantize_leaf, requantized
 from qwen_jax.weights.safetensors import Checkpoint
+from qwen_jax.weights.storage import Directory
 
 _FLOATS = ("float32", "float16", "bfloat16")
 _SHOWN = 12
@@ -94,7 +94,7 @@ def load(
         config = wanted or config
         params = derive.init(config, seed, runtime.dtype, runtime.mesh, runtime.rules)
     elif location.form == "safetensors":
-        checkpoint = Checkpoint(location.files)
+        checkpoint = Checkpoint(location.local)
         config, sources = open_sources(config, checkpoint)
         shapes = _shapes(config, wanted, runtime.dtype)
         readers = _safetensors_readers(sources, checkpoint, shapes)
@@ -222,7 +222,7 @@ def _place_array(read: Reader, shape: jax.ShapeDtypeStruct, place: NamedSharding
     devices: dict[tuple, list] = {}
     slices = {}
     where = place.devices_indices_map(shape.shape)
-    for device in place.addressable_devices:
+    for device in sorted(place.addressable_devices, key=lambda device: device.id):
         key = tuple(s.indices(n) for s, n in zip(where[device], shape.shape, strict=True))
         devices.setdefault(key, []).append(device)
         slices[key] = tuple(slice(*bounds) for bounds in key)

@@ -12,13 +12,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from etils import epath
-
 from qwen_jax.weights import config_json, hf_config, manifest
 from qwen_jax.weights.config import ModelConfig
-from qwen_jax.weights.manifest import Directory
 from qwen_jax.weights.presets import PRESETS, preset
 from qwen_jax.weights.safetensors import INDEX_NAME
+from qwen_jax.weights.storage import SCHEMES, Bucket, Directory
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +61,12 @@ class Location:
     def files(self) -> Directory:
         """The directory of a form that has one."""
         assert self.directory is not None
+        return self.directory
+
+    @property
+    def local(self) -> pathlib.Path:
+        """The directory of a form that is read from this machine."""
+        assert isinstance(self.directory, pathlib.Path)
         return self.directory
 
 
@@ -132,7 +136,7 @@ def local_files(
 ) -> pathlib.Path | None:
     """The directory of tokenizer, template and the like; of a bucket, a copy on this machine."""
     directory = location.directory
-    if directory is None or isinstance(directory, pathlib.Path):
+    if not isinstance(directory, Bucket):
         return directory
     home = pathlib.Path(cache_dir or "~/.cache/qwen_jax").expanduser()
     copies = home / hashlib.sha256(str(directory).encode()).hexdigest()[:16]
@@ -160,8 +164,8 @@ def _config(location: Location) -> ModelConfig:
 
 def _directory(given: str) -> Directory | None:
     """An existing directory; None if the name may be something else."""
-    if given.startswith("gs://"):
-        return epath.Path(given)
+    if given.startswith(SCHEMES):
+        return Bucket(given)
     path = pathlib.Path(given).expanduser()
     if path.is_dir():
         return path
@@ -174,19 +178,19 @@ def _directory(given: str) -> Directory | None:
 
 def _form(directory: Directory) -> str:
     """What kind of checkpoint a directory holds."""
-    if (directory / JOURNAL).exists() and not (directory / manifest.NAME).exists():
+    if (directory / manifest.NAME).exists():
+        return "orbax"
+    if isinstance(directory, Bucket):
+        raise FileNotFoundError(
+            f"{directory}: no {manifest.NAME}: from buckets converted checkpoints are read; run "
+            "qwen-jax convert and upload what it makes"
+        )
+    if (directory / JOURNAL).exists():
         raise ValueError(
             f"{directory}: an unfinished conversion: run the same conversion again to finish it"
         )
-    if (directory / manifest.NAME).exists():
-        return "orbax"
     if (directory / INDEX_NAME).exists() or any(directory.glob("*.safetensors")):
-        if isinstance(directory, pathlib.Path):
-            return "safetensors"
-        raise ValueError(
-            f"{directory}: safetensors are read from local directories; copy them, or upload a "
-            "converted checkpoint (qwen-jax convert)"
-        )
+        return "safetensors"
     why = f"looked for {manifest.NAME} (a converted checkpoint), {INDEX_NAME} and *.safetensors"
     if (directory.parent / manifest.NAME).exists():
         why = f"this is the inside of a converted checkpoint: give {directory.parent}"
@@ -201,7 +205,7 @@ def _form(directory: Directory) -> str:
     raise FileNotFoundError(f"{directory}: no checkpoint: {why}{_unfinished(directory)}")
 
 
-def _unfinished(path: Directory) -> str:
+def _unfinished(path: pathlib.Path) -> str:
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     return f" (an unfinished conversion is at {partial})" if partial.exists() else ""
 

@@ -16,19 +16,16 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, cast
 
-from etils import epath
-
 from qwen_jax.weights import config_json
 from qwen_jax.weights.config import ModelConfig
 from qwen_jax.weights.json_keys import Keys
 from qwen_jax.weights.safetensors_header import parse_json
+from qwen_jax.weights.storage import Directory
 
 NAME = "manifest.json"
 FORMAT = "qwen_jax checkpoint"
 VERSION = 1
 _PACKAGES = ("qwen-jax", "jax", "orbax-checkpoint", "tensorstore")
-
-Directory = pathlib.Path | epath.Path
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,8 @@ import numpy as np
 import tensorstore as ts
 
 from qwen_jax.weights import copying
-from qwen_jax.weights.manifest import ArrayFiles, Directory
+from qwen_jax.weights.manifest import ArrayFiles
+from qwen_jax.weights.storage import Directory, kvstore
 
 _TREE_FILE = "_METADATA"  # the last file that orbax writes
 _ARRAY_FILE = "zarr.json"
@@ -75,7 +76,7 @@ class ArrayWriter:
         shutil.rmtree(self._path, ignore_errors=True)
         spec = {
             "driver": "zarr3",
-            "kvstore": _kvstore(self._path),
+            "kvstore": kvstore(self._path),
             "metadata": {
                 "shape": self._shape,
                 "data_type": self._dtype,
@@ -124,7 +125,7 @@ def verify(directory: Directory, arrays: Mapping[str, ArrayFiles]) -> None:
     Raises:
         ValueError: files are missing, shorter or longer, or of other content; lists them.
     """
-    store = ts.KvStore.open(_kvstore(directory)).result()
+    store = ts.KvStore.open(kvstore(directory)).result()
     asked = [
         (f"{name}/{file}", size, tail)
         for name, array in arrays.items()
@@ -165,7 +166,7 @@ def reader(directory: Directory, name: str, array: ArrayFiles, dtype) -> Reader:
     def read(indices: Sequence[Index]) -> list[np.ndarray]:
         spec = {
             "driver": "zarr3",
-            "kvstore": _kvstore(directory / name),
+            "kvstore": kvstore(directory / name),
             "fill_missing_data_reads": False,
         }
         try:
@@ -196,12 +197,6 @@ def _convert(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     out = copying.empty(x.shape, dtype)
     copying.copy_all([(name, out, x)])
     return out
-
-
-def _kvstore(path: Directory) -> dict[str, Any] | str:
-    if isinstance(path, pathlib.Path):
-        return {"driver": "file", "path": f"{path.absolute()}/"}
-    return f"{path}/"
 
 
 def _tail(path: pathlib.Path) -> str:

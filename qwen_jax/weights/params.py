@@ -82,12 +82,12 @@ class Attention:
     k: Weight = _matrix("D K H", "self_attn.k_proj.weight", "(K H) D", over="D")
     v: Weight = _matrix("D K H", "self_attn.v_proj.weight", "(K H) D", over="D")
     o: Weight = _matrix("N H D", "self_attn.o_proj.weight", "D (N H)", over="N H")
-    q_norm: Weight = _norm("self_attn.q_norm", "H")
-    k_norm: Weight = _norm("self_attn.k_norm", "H")
-    q_bias: Weight | None = _bias("self_attn.q_proj", "N H", "(N H)")
-    k_bias: Weight | None = _bias("self_attn.k_proj", "K H", "(K H)")
-    v_bias: Weight | None = _bias("self_attn.v_proj", "K H", "(K H)")
-    o_bias: Weight | None = _bias("self_attn.o_proj", "D")
+    q_norm: jax.Array = _norm("self_attn.q_norm", "H")
+    k_norm: jax.Array = _norm("self_attn.k_norm", "H")
+    q_bias: jax.Array | None = _bias("self_attn.q_proj", "N H", "(N H)")
+    k_bias: jax.Array | None = _bias("self_attn.k_proj", "K H", "(K H)")
+    v_bias: jax.Array | None = _bias("self_attn.v_proj", "K H", "(K H)")
+    o_bias: jax.Array | None = _bias("self_attn.o_proj", "D")
 
 
 @struct.dataclass
@@ -124,9 +124,9 @@ class Moe:
 class Layer:
     """One decoder layer; ``mlp`` says by its type whether the layer is sparse."""
 
-    attn_norm: Weight = _norm("input_layernorm")
+    attn_norm: jax.Array = _norm("input_layernorm")
     attn: Attention = Attention()
-    mlp_norm: Weight = _norm("post_attention_layernorm")
+    mlp_norm: jax.Array = _norm("post_attention_layernorm")
     mlp: Mlp | Moe = Mlp()
 
 
@@ -134,41 +134,41 @@ class Layer:
 class VisionBlock:
     """One block of the vision tower; every linear layer has a bias."""
 
-    norm1: Weight = _norm("norm1")
-    norm1_bias: Weight = _bias("norm1", "D")
+    norm1: jax.Array = _norm("norm1")
+    norm1_bias: jax.Array = _bias("norm1", "D")
     qkv: Weight = _matrix("D Q N H", "attn.qkv.weight", "(Q N H) D", over="D")
-    qkv_bias: Weight = _bias("attn.qkv", "Q N H", "(Q N H)")
+    qkv_bias: jax.Array = _bias("attn.qkv", "Q N H", "(Q N H)")
     o: Weight = _matrix("N H D", "attn.proj.weight", "D (N H)", over="N H")
-    o_bias: Weight = _bias("attn.proj", "D")
-    norm2: Weight = _norm("norm2")
-    norm2_bias: Weight = _bias("norm2", "D")
+    o_bias: jax.Array = _bias("attn.proj", "D")
+    norm2: jax.Array = _norm("norm2")
+    norm2_bias: jax.Array = _bias("norm2", "D")
     fc1: Weight = _matrix("D I", "mlp.linear_fc1.weight", "I D", over="D")
-    fc1_bias: Weight = _bias("mlp.linear_fc1", "I")
+    fc1_bias: jax.Array = _bias("mlp.linear_fc1", "I")
     fc2: Weight = _matrix("I D", "mlp.linear_fc2.weight", "D I", over="I")
-    fc2_bias: Weight = _bias("mlp.linear_fc2", "D")
+    fc2_bias: jax.Array = _bias("mlp.linear_fc2", "D")
 
 
 @struct.dataclass
 class Merger:
     """Patches of a merge block -> one text-width row. DeepStack's mergers norm merged rows (M)."""
 
-    norm: Weight = _norm("norm")
-    norm_bias: Weight = _bias("norm", "D")
+    norm: jax.Array = _norm("norm")
+    norm_bias: jax.Array = _bias("norm", "D")
     fc1: Weight = _matrix("M W", "linear_fc1.weight", "W M", over="M")
-    fc1_bias: Weight = _bias("linear_fc1", "W")
+    fc1_bias: jax.Array = _bias("linear_fc1", "W")
     fc2: Weight = _matrix("W O", "linear_fc2.weight", "O W", over="W")
-    fc2_bias: Weight = _bias("linear_fc2", "O")
+    fc2_bias: jax.Array = _bias("linear_fc2", "O")
 
 
 @struct.dataclass
 class Vision:
     """The vision tower."""
 
-    patch: Weight = _matrix(
+    patch: jax.Array = _matrix(
         "C Z Y X D", "patch_embed.proj.weight", "D C Z Y X", over="C Z Y X", linear=False
     )
-    patch_bias: Weight = _bias("patch_embed.proj", "D")
-    positions: Weight = _matrix("L D", "pos_embed.weight", "L D", over="D", linear=False)
+    patch_bias: jax.Array = _bias("patch_embed.proj", "D")
+    positions: jax.Array = _matrix("L D", "pos_embed.weight", "L D", over="D", linear=False)
     blocks: tuple[VisionBlock, ...] = ()
     merger: Merger = Merger()
     deepstack: tuple[Merger, ...] = ()
@@ -178,9 +178,9 @@ class Vision:
 class Weights:
     """All of a model. ``head`` is None where the embedding is the head too."""
 
-    embed: Weight = _matrix("V D", "embed_tokens.weight", "V D", over="D", linear=False)
+    embed: jax.Array = _matrix("V D", "embed_tokens.weight", "V D", over="D", linear=False)
     layers: tuple[Layer, ...] = ()
-    norm: Weight = _norm("norm")
+    norm: jax.Array = _norm("norm")
     head: Weight | None = _matrix("D V", "lm_head.weight", "V D", over="D")
     vision: Vision | None = None
 

@@ -1,7 +1,7 @@
 """Writes a tiny random checkpoint with a tokenizer and a chat template, to try the program with.
 
-    PYTHONPATH=tests python -m tiny DIR                   a mixture-of-experts checkpoint
-    PYTHONPATH=tests python -m tiny DIR --variant moe_fp8
+PYTHONPATH=tests python -m tiny DIR                   a mixture-of-experts checkpoint
+PYTHONPATH=tests python -m tiny DIR --variant moe_fp8
 """
 
 import argparse
