@@ -102,11 +102,9 @@ def sample(
     do not fit.
     """
     _check_shapes(logits_BV, rows, counts, position, features)
-    # A maximum need not hand a NaN through (XLA:CPU's does or does not, by the length of the row),
-    # but infinity it must. Looked for before masks: a NaN is a fault wherever it is.
-    known_BV = jnp.where(jnp.isnan(logits_BV), jnp.inf, logits_BV)
-    raw_max, _ = select.argmax(known_BV)
-    processed_BV = process(known_BV, rows, counts, position, features)
+    # Looked at before masks: a NaN is a fault wherever it is.
+    raw_max, _ = select.argmax(logits_BV)
+    processed_BV = process(logits_BV, rows, counts, position, features)
     best_logit, best = select.argmax(processed_BV)
     tokens = best
     if not features.greedy_only:

@@ -1,4 +1,4 @@
-"""Helpers of the checkpoint tests: runtimes, equality of trees, conversions cut off and looked at."""
+"""Helpers of the checkpoint tests: runtimes, equal trees, conversions cut off and looked at."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from qwen_jax.weights.safetensors import Checkpoint
 
 
 def one_device(dtype: str = "float32") -> Runtime:
-    """A runtime of one device; on CPU `Runtime.make` answers bfloat16 with float32, this does not."""
+    """A runtime of one device; unlike `Runtime.make` it lets a CPU have bfloat16."""
     runtime = Runtime.make(dtype="float32", devices=jax.devices()[:1])
     return dataclasses.replace(runtime, dtype=dtype)
 

@@ -1,4 +1,4 @@
-"""Conversions: equal on any mesh, readable by plain orbax, made in pieces, refused with a reason."""
+"""Conversions: equal on any mesh, readable by orbax, made in pieces, refused with a reason."""
 
 import errno
 import shutil

@@ -42,6 +42,7 @@ qwen_jax.weights.safetensors_header
 qwen_jax.weights.safetensors
 qwen_jax.weights.hf
 qwen_jax.weights.progress
+qwen_jax.weights.storage
 qwen_jax.weights.manifest
 qwen_jax.weights.location
 qwen_jax.weights.orbax_io

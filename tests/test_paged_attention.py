@@ -381,7 +381,7 @@ def in_a_while_loop(fn):
         ("decode-64-ragged", "float32", in_a_while_loop),
         ("decode-64-ragged", "int8", None),
         ("mixed", "float32", None),
-        ("mixed", "bfloat16", in_a_while_loop),
+        ("mixed", "int8", in_a_while_loop),
     ],
 )
 def test_a_donated_cache_is_updated_in_place(name, cache, inside):

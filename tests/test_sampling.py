@@ -140,6 +140,24 @@ def test_ties_at_the_cutoff_are_kept():
         np.testing.assert_array_equal(found > 0, [False, True, True, True, True, False])
 
 
+def test_cutoffs_fall_exactly_where_they_should():
+    x = np.array([1.0, 0.0, -1.0])  # probabilities 0.6652, 0.2447, 0.0900; ratios e**-1, e**-2
+    for kept, settings_ in (
+        (2, RowSettings(min_p=0.3678)),
+        (1, RowSettings(min_p=0.3679)),
+        (3, RowSettings(min_p=0.1353)),
+        (2, RowSettings(min_p=0.1354)),
+        (1, RowSettings(top_p=0.6652)),
+        (2, RowSettings(top_p=0.6653)),
+        (2, RowSettings(top_p=0.9099)),
+        (3, RowSettings(top_p=0.9100)),
+        (1, RowSettings(top_p=0.7310, top_k=2)),
+        (2, RowSettings(top_p=0.7311, top_k=2)),
+    ):
+        found = np.asarray(PROBABILITIES(**arguments([Row(x, settings_)])))
+        assert np.count_nonzero(found) == kept, settings_
+
+
 @pytest.mark.parametrize("top_p", [1e-30, 1e-45, 1e-300])
 def test_a_tiny_top_p_keeps_the_best_token(top_p):
     batch = [Row(grid(seed) + np.arange(V) / 64, RowSettings(top_p=top_p)) for seed in range(4)]
@@ -211,7 +229,7 @@ def test_bad_logits_give_a_flag_and_leave_other_rows_alone(temperature, size):
         x = grid(9, size)
         x[place] = value
         bad.append(Row(x, s))
-    masked = Row(bad[0].logits, dataclasses.replace(s, allowed=[1, 2, 3]))
+    masked = Row(bad[1].logits, dataclasses.replace(s, allowed=[1, 2, 3]))
     found = tokens([good[0], bad[0], good[1], *bad[1:], masked, good[2]])
     assert found[1:2] + found[3:7] == [NOT_FINITE] * 5
     allowing = dataclasses.replace(s, allowed=range(size))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from qwen_jax import sampling_select as select
 
+ARGMAX = jax.jit(select.argmax)
 THRESHOLD = jax.jit(select.threshold)
 KTH = jax.jit(lambda x, k: select.threshold(x, jnp.ones_like(x), k))
 LENGTHS = [1, 31, 33, 64, 5000]
@@ -29,9 +30,20 @@ def stable_order(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("length", LENGTHS)
 def test_argmax_is_the_first_of_the_largest(length, ties):
     x = rows(length, ties=ties)
-    value, index = jax.jit(select.argmax)(x)
+    value, index = ARGMAX(x)
     np.testing.assert_array_equal(index, x.argmax(-1))
     np.testing.assert_array_equal(value, x.max(-1))
+
+
+@pytest.mark.parametrize("length", [100, 6000])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_the_maximum_shows_nan_and_infinity_anywhere_in_the_row(length, poison):
+    for place in (0, 31, 32, 63, length - 1):
+        x = rows(length)
+        x[2, place] = poison
+        value, index = ARGMAX(x)
+        np.testing.assert_array_equal(value, [*x[:2].max(-1), np.inf, x[3].max()])
+        assert index[2] == place
 
 
 def test_argmax_of_a_row_of_minus_infinity_is_its_first_place():

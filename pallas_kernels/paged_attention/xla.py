@@ -1,7 +1,8 @@
 """Paged attention in XLA: the definition of correct, for any platform.
 
 1. *Write*: one scatter puts every new key and value into its page (padding tokens are dropped).
-   XLA updates a donated cache in place; only float8 pages on CPU cost a copy (see `narrow`).
+   XLA updates a donated cache in place. On CPU float8 pages (see `narrow`) and, before jax 0.11,
+   bfloat16 pages cost a copy of the cache instead: there, keep it in float32 or int8.
 2. *Tiles*: the rows are cut into tiles of consecutive query tokens of one row. Rows with a single
    new token (decode) make tiles of height 1, sorted by length, `LANES` of which advance together;
    longer rows make tall tiles, taken one at a time. When T <= B every row has one token at most,

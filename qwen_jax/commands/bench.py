@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options.add_seed(parser)
     options.add_model(parser)
-    options.add_runtime(parser)
+    options.add_runtime(parser, rows=False)
     options.add_debug(parser)
 
 

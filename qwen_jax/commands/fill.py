@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 
 from qwen_jax.commands import options
-from qwen_jax.prompt import fim
 
 EXAMPLE = (
     "qwen-jax fill --model Qwen/Qwen3-Coder-30B-A3B-Instruct --file code.py   (with a <FILL> mark)"
@@ -54,6 +53,8 @@ def _sides(args: argparse.Namespace) -> tuple[str, str]:
     if args.file:
         if args.prefix_file or args.suffix_file:
             raise ValueError("fill: give --file, or --prefix-file and --suffix-file, not both")
+        from qwen_jax.prompt import fim
+
         return fim.split_fill(options.read_text(args.file))
     if not args.prefix_file and not args.suffix_file:
         raise ValueError("fill: give --file (with a <FILL> mark), or --prefix-file, --suffix-file")

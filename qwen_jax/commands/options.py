@@ -59,8 +59,8 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--debug", action="store_true", help="a traceback with every error")
 
 
-def add_runtime(parser: argparse.ArgumentParser) -> None:
-    """Where and how the model runs: the arguments of `LLM`."""
+def add_runtime(parser: argparse.ArgumentParser, *, rows: bool = True) -> None:
+    """Where and how the model runs: the arguments of `LLM`; ``rows``: how many at once, too."""
     group = parser.add_argument_group("machine")
     group.add_argument(
         "--mesh", default="auto", help='e.g. "expert=8", "data=2,tensor=4" (default: all devices)'
@@ -72,7 +72,8 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quantization", choices=QUANTIZATIONS, help="requantise on load")
     group.add_argument("--kv-cache-dtype", choices=KV_DTYPES, default="auto")
     group.add_argument("--max-model-len", metavar="N", type=int, help="longest context")
-    group.add_argument("--max-num-seqs", metavar="N", type=int, default=64, help="rows at once")
+    if rows:
+        group.add_argument("--max-num-seqs", metavar="N", type=int, default=64, help="rows at once")
     group.add_argument(
         "--max-num-batched-tokens", metavar="N", type=int, help="tokens of a prefill chunk"
     )

@@ -27,6 +27,7 @@ from qwen_jax.weights.params import Weights
 
 _FIRST_PAGES = 64
 _BUFFER = 64  # tokens of a row between two looks from the host, at most
+_STOP_IDS = 8  # places of a row for ids that end it, at least: few widths reach the compiler
 _WIDE_BUFFER = 4  # the same where each token brings the logprobs of the whole vocabulary
 
 
@@ -163,6 +164,9 @@ class StaticBatch:
         settings = [_settings(s) for s in group]
         unused = [dataclasses.replace(settings[0], bias={}, allowed=None)] * (size - len(group))
         row_sampling = sampling.RowSampling.make(settings + unused, vocab)
+        more = max(_STOP_IDS - row_sampling.stop_ids.shape[1], 0)
+        stop_ids = np.pad(row_sampling.stop_ids, ((0, 0), (0, more)), constant_values=-1)
+        row_sampling = dataclasses.replace(row_sampling, stop_ids=stop_ids)
         limits = [s.job.max_tokens for s in group] + [0] * (size - len(group))
         logprobs = most_wanted((s.job.params.logprobs for s in group), vocab)
         options = generation.Options(
