@@ -71,6 +71,7 @@ class _Cache:
 
     def read_scales(self, page, combined_head):
         """Their scales: [..., page_size]."""
+        assert self.scales is not None
         return self.scales.at[page, :, combined_head].get(mode="promise_in_bounds")
 
 

@@ -66,7 +66,8 @@ class _Experts:
 
     def scales(self, e, strip: int):
         """The scales of expert ``e``: [D // strip or 1, width or 1], one row per strip of D."""
-        assert self.scale is not None and self.blocks is not None
+        assert self.scale is not None
+        assert self.blocks is not None
         scale = lax.dynamic_index_in_dim(self.scale, e // self.blocks[0], keepdims=False)
         scale = scale.astype(jnp.float32)
         sizes = (self.w.shape[1] // strip, *self.w.shape[2:])

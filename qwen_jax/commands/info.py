@@ -137,7 +137,7 @@ def _bytes(location: "Location", config: "ModelConfig") -> tuple[dict[str, int],
 
     found: collections.Counter[str] = collections.Counter()
     if location.form == "safetensors":
-        files = Checkpoint(location.files)
+        files = Checkpoint(location.local)
         for name in files.names:
             info = files.info(name)
             found[info.dtype.name] += info.nbytes
