@@ -19,7 +19,7 @@ from qwen_jax.engine.static_batch import StaticBatch
 from qwen_jax.functional import auto_mesh, find_tokenizer
 from qwen_jax.inputs import Inputs, Messages, add_message, eos_ids, find_template
 from qwen_jax.picture_inputs import PictureInputs, find_rules
-from qwen_jax.prompt import fim, parsing
+from qwen_jax.prompt import fim
 from qwen_jax.prompt.vision_prompt import VideoForm
 from qwen_jax.requests import Prompt, PromptLike, SamplingParams, as_prompts, params_for_each
 from qwen_jax.results import RequestOutput, StreamEvent

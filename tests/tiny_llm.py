@@ -18,7 +18,7 @@ from qwen_jax.llm import LLM
 from qwen_jax.runtime import Buckets, Runtime
 
 BUCKETS = Buckets(tokens=(64,), rows=(4,))
-OPTIONS = {"mesh": "expert=1", "max_model_len": 256, "page_size": 16, "max_num_seqs": 4}
+OPTIONS = {"mesh": "expert=1", "max_model_len": 128, "page_size": 16, "max_num_seqs": 4}
 _KEPT: list[tempfile.TemporaryDirectory] = []  # until the run ends
 
 

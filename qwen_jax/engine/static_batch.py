@@ -219,7 +219,8 @@ class StaticBatch:
                 table,
                 num_tokens=size,
                 positions=[positions_of(v, w) for v, w in zip(visions, windows, strict=True)],
-            ).replace(visual=visual_rows(visions, features, windows, size))
+            )
+            batch = dataclasses.replace(batch, visual=visual_rows(visions, features, windows, size))
             after = None if most is None else targets(prompts, cached, takes, size)
             x_BD, self._cache, logprobs = generation.jit_prefill(
                 *model, batch, self._cache, after, num_logprobs=most
