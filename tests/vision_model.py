@@ -37,7 +37,7 @@ CASES: dict[str, tuple[str, list[tuple[int, ...]], list[tuple[int, ...]]]] = {
     "video, odd": (f"clip {VIDEO} ends", [], [(5, 32, 96)]),
     "image and video": (f"one {IMAGE} then {VIDEO} what", [(64, 96)], [(4, 64, 32)]),
 }
-BUCKETS = Buckets(tokens=(16, 64), rows=(1, 4), patches=(256,), segments=(8,))
+BUCKETS = Buckets(tokens=(64,), rows=(4,), patches=(256,), segments=(8,))
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
     "max_model_len": 128,

@@ -82,8 +82,10 @@ VISION_TEMPLATE = r"""{%- for message in messages %}
         {{- message.content }}
     {%- else %}
         {%- for content in message.content %}
-            {%- if content.type in ('image', 'video') %}
-                {{- '<|vision_start|><|' + content.type + '_pad|><|vision_end|>' }}
+            {%- if content.type == 'image' %}
+                {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+            {%- elif content.type == 'video' %}
+                {{- '<|vision_start|><|video_pad|><|vision_end|>' }}
             {%- else %}
                 {{- content.text }}
             {%- endif %}
