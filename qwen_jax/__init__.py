@@ -13,15 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwen_jax.functional import generate, load
-    from qwen_jax.llm import LLM, StreamEvent
+    from qwen_jax.llm import LLM
     from qwen_jax.requests import SamplingParams
-    from qwen_jax.results import CompletionOutput, Logprob, Metrics, RequestOutput
+    from qwen_jax.results import (
+        CompletionOutput,
+        Logprob,
+        Metrics,
+        RequestOutput,
+        StreamEvent,
+    )
     from qwen_jax.runtime import Runtime
     from qwen_jax.sharding import Rules
 
 _HOME = {
     "LLM": "llm",
-    "StreamEvent": "llm",
+    "StreamEvent": "results",
     "load": "functional",
     "generate": "functional",
     "SamplingParams": "requests",

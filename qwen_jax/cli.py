@@ -23,7 +23,7 @@ COMMANDS = {
     "bench": "tokens per second, beside what the machine's memory allows",
 }
 
-_ABOUT = "Qwen3 text models in JAX, on TPU, GPU and CPU."
+_ABOUT = "Qwen3 and Qwen3-VL in JAX, on TPU, GPU and CPU."
 _EXAMPLE = 'qwen-jax chat --model Qwen/Qwen3-0.6B --prompt "What is a monad?"'
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 and the number of the signal, as a shell reports it
 
@@ -42,14 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return _INTERRUPTED
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:  # the last: an extra is missing
         if "--debug" in argv:
             traceback.print_exc()
         print(f"qwen-jax: error: {_one_line(error)}", file=sys.stderr)
         return 2
 
 
-def _one_line(error: ValueError | OSError) -> str:
+def _one_line(error: Exception) -> str:
     """What the operating system says of a file begins with the file, not with a number."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

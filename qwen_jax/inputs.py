@@ -1,4 +1,4 @@
-"""What users give, as token ids: prompts, conversations, code with a gap.
+"""What users give, as token ids: prompts, conversations, code with a gap, with their pictures.
 
 Knows the checkpoint's tokenizer, its chat template and the limits of a prompt; knows no weight and
 no sampling.
@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from qwen_jax.picture_inputs import PictureInputs
 from qwen_jax.prompt import fim, parsing
-from qwen_jax.prompt.chat import ChatTemplate, encode_chat
+from qwen_jax.prompt.chat import ChatTemplate, chat_parts
+from qwen_jax.prompt.media import Media, media_beside, take_media
 from qwen_jax.prompt.tokenizer import Tokenizer
 from qwen_jax.requests import Prompt, PromptLike, check_prompt_keys
 from qwen_jax.results import CompletionOutput
@@ -22,12 +24,15 @@ log = logging.getLogger(__name__)
 
 Messages = Sequence[Mapping[str, Any]]
 
+_MM_OPTION = "mm_processor_kwargs"
+
 
 class Inputs:
     """Makes prompts, and refuses what cannot be one.
 
     Args:
         tokenizer, template: each None where the checkpoint has none.
+        pictures: puts them among the tokens.
         vocab_size: ids of the model.
         max_model_len: the longest context.
         most_tokens: what max_model_len could be raised to, for the error that says so.
@@ -37,38 +42,55 @@ class Inputs:
         self,
         tokenizer: Tokenizer | None,
         template: ChatTemplate | None,
+        pictures: PictureInputs,
         *,
         vocab_size: int,
         max_model_len: int,
         most_tokens: int,
     ):
-        self._tokenizer, self._template = tokenizer, template
+        self._tokenizer, self._template, self._pictures = tokenizer, template, pictures
         self._vocab_size, self._max_model_len = vocab_size, max_model_len
         self._most_tokens = most_tokens
 
     def prompt(self, given: PromptLike, name: str = "prompt") -> Prompt:
         """A text, or a mapping with a text or token ids; ``name`` is what errors call it."""
         if isinstance(given, Prompt):
-            return self._checked(given.token_ids, name, given.text, given.stop_ids)
+            self._check_length(_checked_ids(given.token_ids, name, self._vocab_size), name)
+            return given
         if isinstance(given, str):
             given = {"prompt": given}
         if not isinstance(given, Mapping):
             raise ValueError(f"{name} is {given!r:.60}: give a text, or a mapping with one")
         check_prompt_keys(given)
-        if given.get("multi_modal_data"):
-            raise ValueError(f"{name}: multi_modal_data needs a vision-language model")
         text, ids = given.get("prompt"), given.get("prompt_token_ids")
         if text is not None:
-            ids = self.needs_tokenizer(name).encode(text)
-        return self._checked(ids, name, text)
+            parts: list[Any] = self.needs_tokenizer(name).split(text)
+        else:
+            parts = _checked_ids(ids, name, self._vocab_size)
+        media = media_beside(given.get("multi_modal_data") or {}, name)
+        return self._placed(parts, media, given.get(_MM_OPTION), name, text)
 
-    def chat(self, messages: Messages, options: Mapping[str, Any]) -> Prompt:
-        """A conversation, by the checkpoint's template; ``options`` are those of `encode_chat`."""
+    def chat(
+        self,
+        messages: Messages,
+        options: Mapping[str, Any],
+        picture_options: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """A conversation, by the checkpoint's template.
+
+        Args:
+            messages: with pictures in their content parts.
+            options: those of `chat_parts`.
+            picture_options: ``mm_processor_kwargs`` of all pictures; a part's own go before them.
+        """
         tokenizer, template = self.needs_tokenizer("chat"), self._template
         if template is None:
             raise ValueError("chat needs a chat template; this checkpoint has none: use generate")
-        ids = encode_chat(tokenizer, template, messages, **options)
-        return self._checked(ids, "messages", template.render(messages, **options))
+        bare, media = take_media(messages) if isinstance(messages, Sequence) else (messages, [])
+        self._pictures.check_can_see(media)
+        parts = chat_parts(tokenizer, template, bare, **options)
+        text = template.render(bare, **options)
+        return self._placed(parts, media, picture_options, "messages", text)
 
     def fill(
         self,
@@ -89,7 +111,8 @@ class Inputs:
             tokenizer, prefix, suffix, path=path, repo=repo, files=files, template=template
         )
         text = tokenizer.decode(ids, skip_special_tokens=False)
-        return self._checked(ids, "prompt", text, fim.fim_stop_ids(tokenizer))
+        self._check_length(ids, "prompt")
+        return Prompt(tuple(ids), text, fim.fim_stop_ids(tokenizer))
 
     def parser(self, prompt: Prompt, tools: Sequence[Mapping] | None) -> parsing.OutputParser:
         """Takes answers to a `chat` prompt apart."""
@@ -109,20 +132,27 @@ class Inputs:
             )
         return self._tokenizer
 
-    def _checked(
-        self, ids: Any, name: str, text: str | None, stop_ids: tuple[int, ...] = ()
+    def _placed(
+        self,
+        parts: list[Any],
+        media: list[Media],
+        options: Mapping[str, Any] | None,
+        name: str,
+        text: str | None,
     ) -> Prompt:
-        if isinstance(ids, str) or not isinstance(ids, Iterable):
-            raise ValueError(f"{name}: {ids!r:.60} is not a list of token ids")
-        ids = list(ids)
-        if not ids:
-            raise ValueError(f"{name} is empty: it has no token to continue from")
-        for token in ids:
-            integer = isinstance(token, int | np.integer) and not isinstance(token, bool)
-            if not integer or not 0 <= token < self._vocab_size:
-                raise ValueError(
-                    f"{name}: token id {token!r} is not an integer in 0 .. {self._vocab_size - 1}"
-                )
+        """The prompt of ``parts``: strings and ids, with a placeholder for each picture."""
+        vision = self._pictures.place(parts, media, options=options, name=name)
+        if vision is not None:
+            ids = list(vision.token_ids)
+        elif self._tokenizer is not None and any(isinstance(part, str) for part in parts):
+            ids = self._tokenizer.encode_parts(parts)
+        else:
+            ids = parts
+        ids = _checked_ids(ids, name, self._vocab_size)
+        self._check_length(ids, name)
+        return Prompt(tuple(ids), text, vision=vision)
+
+    def _check_length(self, ids: Sequence[int], name: str) -> None:
         limit = self._max_model_len
         if len(ids) >= limit:
             most = self._most_tokens
@@ -131,7 +161,21 @@ class Inputs:
                 f"{name} has {len(ids):,} tokens, max_model_len is {limit:,}: {more}shorten it "
                 "(one position is needed for the answer)"
             )
-        return Prompt(tuple(map(int, ids)), text, stop_ids)
+
+
+def _checked_ids(ids: Any, name: str, vocab_size: int) -> list[int]:
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise ValueError(f"{name}: {ids!r:.60} is not a list of token ids")
+    ids = list(ids)
+    if not ids:
+        raise ValueError(f"{name} is empty: it has no token to continue from")
+    for token in ids:
+        integer = isinstance(token, int | np.integer) and not isinstance(token, bool)
+        if not integer or not 0 <= token < vocab_size:
+            raise ValueError(
+                f"{name}: token id {token!r} is not an integer in 0 .. {vocab_size - 1}"
+            )
+    return [int(token) for token in ids]
 
 
 def add_message(output: CompletionOutput, message: parsing.Message) -> None:

@@ -14,32 +14,20 @@ from jax.sharding import Mesh
 
 from qwen_jax.engine.capacity import make_plan, prefill_limit
 from qwen_jax.engine.offline import Offline, Totals
+from qwen_jax.engine.pictures import FeatureStore
 from qwen_jax.engine.static_batch import StaticBatch
 from qwen_jax.functional import auto_mesh, find_tokenizer
 from qwen_jax.inputs import Inputs, Messages, add_message, eos_ids, find_template
-from qwen_jax.prompt import fim, parsing
-from qwen_jax.requests import Prompt, PromptLike, SamplingParams, as_prompts
-from qwen_jax.results import RequestOutput
+from qwen_jax.picture_inputs import PictureInputs, find_rules
+from qwen_jax.prompt import fim
+from qwen_jax.prompt.vision_prompt import VideoForm
+from qwen_jax.requests import Prompt, PromptLike, SamplingParams, as_prompts, params_for_each
+from qwen_jax.results import RequestOutput, StreamEvent
 from qwen_jax.runtime import Runtime
 from qwen_jax.sharding import Rules
 from qwen_jax.weights import checkpoint
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass
-class StreamEvent:
-    """A piece of a text as it is generated.
-
-    Attributes:
-        text: new text; joined over all events it is the completion's ``text``.
-        deltas: the same, parsed into reasoning, content and tool calls (chat only).
-        output: the whole result, with the last event only.
-    """
-
-    text: str
-    deltas: list[parsing.Delta] = dataclasses.field(default_factory=list)
-    output: RequestOutput | None = None
 
 
 class LLM:
@@ -59,6 +47,8 @@ class LLM:
         seed: of requests that bring none, and of dummy weights.
         revision, cache_dir: of a hub id.
         config_overrides: config.json keys to replace, e.g. ``{"num_hidden_layers": 2}``.
+        mm_processor_kwargs: wishes for all pictures and videos, see `MediaOptions`.
+        video_form: what a video's frames replace in a prompt, see `vision_prompt`.
 
     Raises:
         ValueError: anything that cannot work, before the weights are read where that can be known.
@@ -84,6 +74,8 @@ class LLM:
         revision: str | None = None,
         cache_dir: str | None = None,
         config_overrides: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        video_form: VideoForm = "transformers-4.57",
         progress: checkpoint.Progress | None = None,
     ):
         source = checkpoint.resolve(
@@ -124,6 +116,15 @@ class LLM:
         self._inputs = Inputs(
             self.tokenizer,
             self.template,
+            PictureInputs(
+                self.config,
+                self.tokenizer,
+                rules := find_rules(loaded),
+                options=mm_processor_kwargs,
+                video_form=video_form,
+                buckets=self.runtime.buckets,
+                max_model_len=self.max_model_len,
+            ),
             vocab_size=self.config.text.vocab_size,
             max_model_len=self.max_model_len,
             most_tokens=min(self.plan.kv_tokens, self.plan.model_limit),
@@ -136,6 +137,7 @@ class LLM:
             max_pages=self.plan.pages,
             max_model_len=self.max_model_len,
             max_prefill_tokens=chunk,
+            features=FeatureStore.make(self.params, self.config, self.runtime, rules),
         )
         self._offline = Offline(
             batch,
@@ -158,7 +160,8 @@ class LLM:
         """Completes prompts; results are in their order.
 
         Args:
-            prompts: a string, ``{"prompt": …}`` or ``{"prompt_token_ids": […]}``, or a list.
+            prompts: a string, ``{"prompt": …}`` or ``{"prompt_token_ids": […]}``, or a list; with
+                ``"multi_modal_data"`` beside it, one placeholder for each picture.
             params: for all, or one for each; None: the checkpoint's generation_config.json.
             use_tqdm: show progress on stderr.
 
@@ -176,9 +179,13 @@ class LLM:
         tools: Seq[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answers a conversation, or several; outputs carry reasoning and tool calls, parsed."""
+        """Answers a conversation, or several; outputs carry reasoning and tool calls, parsed.
+
+        Pictures are content parts, which may bring the options of ``mm_processor_kwargs`` too.
+        """
         several = bool(messages) and not isinstance(messages[0], Mapping)
         conversations: list[Any] = list(messages) if several else [messages]
         options = {
@@ -186,7 +193,7 @@ class LLM:
             "add_generation_prompt": add_generation_prompt,
             **(chat_template_kwargs or {}),
         }
-        prompts = [self._inputs.chat(c, options) for c in conversations]
+        prompts = [self._inputs.chat(c, options, mm_processor_kwargs) for c in conversations]
         results = self._offline.run(
             prompts, self._params_for(params, len(prompts)), use_tqdm=use_tqdm
         )
@@ -246,6 +253,7 @@ class LLM:
         *,
         tools: Seq[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[StreamEvent]:
         """Yields a completion (of a prompt) or an answer (to messages) while it is generated."""
         parser = None
@@ -253,7 +261,7 @@ class LLM:
             prompt = self._inputs.prompt(prompt_or_messages)
         else:
             options = {"tools": tools, **(chat_template_kwargs or {})}
-            prompt = self._inputs.chat(prompt_or_messages, options)
+            prompt = self._inputs.chat(prompt_or_messages, options, mm_processor_kwargs)
             parser = self._inputs.parser(prompt, tools)
         (given,) = self._params_for(params, 1)
         for text, result in self._offline.stream(prompt, given):
@@ -278,16 +286,9 @@ class LLM:
     ) -> list[SamplingParams]:
         if params is None:
             params = self.get_default_sampling_params()
-        if isinstance(params, SamplingParams):
-            params = [params] * count
-        if len(params) != count:
-            raise ValueError(
-                f"{len(params)} sampling params for {count} prompts; give 1 or {count}"
-            )
-        for i, each in enumerate(params):
-            each.check(
-                f"prompt {i}" if count > 1 else "prompt",
-                vocab_size=self.config.text.vocab_size,
-                has_tokenizer=self.tokenizer is not None,
-            )
-        return list(params)
+        return params_for_each(
+            params,
+            count,
+            vocab_size=self.config.text.vocab_size,
+            has_tokenizer=self.tokenizer is not None,
+        )

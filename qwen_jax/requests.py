@@ -8,7 +8,10 @@ import difflib
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen_jax.prompt.vision_prompt import VisionPrompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,11 +202,13 @@ class Prompt:
         token_ids: at least one.
         text: it came from, if any.
         stop_ids: end the text besides the checkpoint's own, and are ignored with them.
+        vision: the pictures among the tokens; None for text alone.
     """
 
     token_ids: tuple[int, ...]
     text: str | None = None
     stop_ids: tuple[int, ...] = ()
+    vision: "VisionPrompt | None" = dataclasses.field(default=None, compare=False, repr=False)
 
 
 PromptLike = str | Mapping[str, Any] | Prompt
@@ -225,6 +230,27 @@ def as_prompts(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
     if all(isinstance(p, numbers.Integral) for p in prompts):
         raise ValueError('a list of token ids is written {"prompt_token_ids": [...]}')
     return prompts
+
+
+def params_for_each(
+    params: SamplingParams | Sequence[SamplingParams],
+    count: int,
+    *,
+    vocab_size: int,
+    has_tokenizer: bool,
+) -> list[SamplingParams]:
+    """Sampling parameters of each of ``count`` prompts, held against the checkpoint.
+
+    Raises:
+        ValueError: another number of them, or what `SamplingParams.check` refuses.
+    """
+    each = [params] * count if isinstance(params, SamplingParams) else list(params)
+    if len(each) != count:
+        raise ValueError(f"{len(each)} sampling params for {count} prompts; give 1 or {count}")
+    for i, one in enumerate(each):
+        name = f"prompt {i}" if count > 1 else "prompt"
+        one.check(name, vocab_size=vocab_size, has_tokenizer=has_tokenizer)
+    return each
 
 
 def check_prompt_keys(prompt: Mapping[str, Any]) -> None:

@@ -6,6 +6,8 @@ Knows names only; knows no array and no model.
 import dataclasses
 from typing import Any, Literal
 
+from qwen_jax.prompt.parsing import Delta
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -24,12 +26,16 @@ class Metrics:
 
     Attributes:
         prompt_tokens, generated_tokens: counts.
+        picture_tokens: those of the prompt that stand for pictures and videos.
+        picture_pixels: of the pictures and of all frames, as they were seen (after resizing).
         time_to_first_token: from the start of its batch to its first token.
         generation_time: from the first token to the last.
     """
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    picture_tokens: int = 0
+    picture_pixels: int = 0
     time_to_first_token: float = 0.0
     generation_time: float = 0.0
 
@@ -72,3 +78,18 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool = True
     metrics: Metrics = dataclasses.field(default_factory=Metrics)
+
+
+@dataclasses.dataclass
+class StreamEvent:
+    """A piece of a text as it is generated.
+
+    Attributes:
+        text: new text; joined over all events it is the completion's ``text``.
+        deltas: the same, parsed into reasoning, content and tool calls (chat only).
+        output: the whole result, with the last event only.
+    """
+
+    text: str
+    deltas: list[Delta] = dataclasses.field(default_factory=list)
+    output: RequestOutput | None = None

@@ -52,6 +52,8 @@ class Buckets:
         rows: rows of a batch.
         pages: pages of a row's page table.
         new_tokens: tokens that one generate program can hold per row.
+        patches: of the pictures that the vision tower takes at once.
+        segments: slices in time of those pictures.
 
     Raises:
         ValueError: a list is empty, or not of increasing positive sizes.
@@ -61,6 +63,8 @@ class Buckets:
     rows: tuple[int, ...] = ladder(1, 256)
     pages: tuple[int, ...] = ladder(4, 65536)
     new_tokens: tuple[int, ...] = ladder(16, 262144)
+    patches: tuple[int, ...] = ladder(256, 65536)
+    segments: tuple[int, ...] = ladder(8, 4096)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -98,6 +98,7 @@ qwen_jax.generation_state
 qwen_jax.generation
 qwen_jax.requests
 qwen_jax.results
+qwen_jax.picture_inputs
 qwen_jax.inputs
 qwen_jax.functional
 
@@ -107,6 +108,7 @@ qwen_jax.engine.capacity
 qwen_jax.engine.chunks
 qwen_jax.engine.compile_clock
 qwen_jax.engine.token_logprobs
+qwen_jax.engine.pictures
 qwen_jax.engine.sequence
 qwen_jax.engine.static_batch
 qwen_jax.engine.offline

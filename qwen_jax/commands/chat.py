@@ -16,6 +16,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", metavar="TEXT", help="ask this and end; '-' reads stdin (default: interactive)"
     )
+    for kind in ("image", "video"):
+        parser.add_argument(
+            f"--{kind}",
+            metavar="FILE",
+            action="append",
+            default=[],
+            help=f"{'an' if kind == 'image' else 'a'} {kind} to ask about; may be repeated",
+        )
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument(
         "--tools", metavar="FILE", help="JSON list of tools, as OpenAI's API takes them"
@@ -23,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat-template-kwargs",
         metavar="JSON",
-        type=_object,
+        type=options.json_object,
         default={},
         help="""e.g. '{"enable_thinking": false}'""",
     )
@@ -51,11 +59,14 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("chat: this checkpoint has no chat template: use qwen-jax generate")
     params = dataclasses.replace(llm.get_default_sampling_params(), **given)
     talk = Conversation(args, llm, params, tools=tools, kwargs=args.chat_template_kwargs)
+    for kind in ("image", "video"):
+        for path in getattr(args, kind):
+            talk.attach(kind, path)
     if prompt is None:
         return talk.loop()
     if not args.json and params.n == 1:
         return talk.turn(prompt)
-    messages = [*talk.messages, {"role": "user", "content": prompt}]
+    messages = talk.asked(prompt)
     return completion.finish(
         args,
         llm,
@@ -79,13 +90,3 @@ def _tools(path: str | None) -> Sequence[Mapping[str, Any]] | None:
     if not isinstance(tools, list):
         raise ValueError(f"--tools {path}: a list of tools is needed, not {type(tools).__name__}")
     return tools
-
-
-def _object(text: str) -> Mapping[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return value

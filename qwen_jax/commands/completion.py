@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from qwen_jax.commands import output, session
 from qwen_jax.prompt.parsing_tools import ContentDelta, ReasoningDelta
 from qwen_jax.requests import Prompt, SamplingParams
-from qwen_jax.results import RequestOutput
+from qwen_jax.results import RequestOutput, StreamEvent
 
 if TYPE_CHECKING:
-    from qwen_jax.llm import LLM, StreamEvent
+    from qwen_jax.llm import LLM
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 

@@ -6,6 +6,7 @@ Knows messages, stdin and stdout; the model is somebody else's.
 import argparse
 import contextlib
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +19,13 @@ from qwen_jax.requests import SamplingParams
 if TYPE_CHECKING:
     from qwen_jax.llm import LLM
 
-_HELP = "/reset forgets the turns, /exit or ctrl-D leaves, ctrl-C stops an answer"
-_COMMANDS = ("/reset", "/exit", "/quit", "/help")
+_HELP = (
+    "/image FILE and /video FILE go with the next question, /reset forgets the turns, /exit or "
+    "ctrl-D leaves, ctrl-C stops an answer"
+)
+_COMMANDS = ("/reset", "/exit", "/quit", "/help", "/image", "/video")
 _WORD = re.compile(r"/[a-z]+")
+_PICTURE = re.compile(r"/(image|video)\s+(.+)")
 
 
 class Conversation:
@@ -42,20 +47,34 @@ class Conversation:
         self._args, self._llm, self._params = args, llm, params
         self._options = {"tools": tools, "chat_template_kwargs": kwargs}
         self.messages: list[Mapping[str, Any]] = []
+        self._pictures: list[Mapping[str, Any]] = []
         self.reset()
 
     def reset(self) -> None:
         """Forgets all turns but the system message."""
         system = self._args.system
         self.messages = [] if system is None else [{"role": "system", "content": system}]
+        self._pictures = []
+
+    def attach(self, kind: str, path: str) -> None:
+        """Puts a picture or a video ("image", "video") before the next question."""
+        self._pictures.append({"type": kind, kind: os.path.expanduser(path)})
+
+    def asked(self, text: str) -> list[Mapping[str, Any]]:
+        """The conversation with a question behind it, and the pictures that go with that."""
+        content: Any = text
+        if self._pictures:
+            content = [*self._pictures, {"type": "text", "text": text}]
+        return [*self.messages, {"role": "user", "content": content}]
 
     def turn(self, text: str) -> int:
         """One question and its answer; 130 where ctrl-C ended it, which keeps what was said.
 
         Raises:
-            ValueError: the conversation has become too long; it is as before.
+            ValueError: the conversation has become too long, or a picture cannot be used; the
+                turns are as before, and the pictures of this one are dropped.
         """
-        asked = [*self.messages, {"role": "user", "content": text}]
+        asked, self._pictures = self.asked(text), []
         before, code = self._llm.totals, 0
         compiled = session.compile_notice(self._args)
         answer = Answer(quiet=self._args.quiet)
@@ -89,7 +108,11 @@ class Conversation:
                 print("\nctrl-C once more leaves", file=sys.stderr, flush=True)
                 continue
             stopped = False
-            if _WORD.fullmatch(text):
+            picture = _PICTURE.fullmatch(text)
+            if picture:
+                self.attach(*picture.groups())
+                session.say(self._args, f"{picture[2]} goes with the next question")
+            elif _WORD.fullmatch(text):
                 if text in ("/exit", "/quit"):
                     return 0
                 self._command(text)
@@ -105,6 +128,9 @@ class Conversation:
     def _command(self, word: str) -> None:
         if word == "/reset":
             self.reset()
+        elif word in ("/image", "/video"):
+            print(f"{word} needs a file: {word} FILE", file=sys.stderr, flush=True)
+            return
         elif word != "/help":
             near = difflib.get_close_matches(word, _COMMANDS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""

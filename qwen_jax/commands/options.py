@@ -82,6 +82,12 @@ def add_runtime(parser: argparse.ArgumentParser, *, rows: bool = True) -> None:
     group.add_argument(
         "--kernels", type=kernels, default="auto", help='e.g. "xla", "ragged_dot=xla"'
     )
+    group.add_argument(
+        "--mm-processor-kwargs",
+        metavar="JSON",
+        type=json_object,
+        help="""of pictures and videos, e.g. '{"max_pixels": 1000000}', '{"fps": 1}'""",
+    )
     add_compilation_cache(group)
 
 
@@ -170,7 +176,8 @@ def llm_options(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(NO_MODEL)
     same = (
         "mesh strategy dtype quantization kv_cache_dtype max_model_len max_num_seqs "
-        "max_num_batched_tokens hbm_utilization load_format kernels page_size revision cache_dir"
+        "max_num_batched_tokens hbm_utilization load_format kernels page_size revision cache_dir "
+        "mm_processor_kwargs"
     )
     return {
         "model": args.model,
@@ -207,6 +214,17 @@ def key_value(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except json.JSONDecodeError:
         return key, value
+
+
+def json_object(text: str) -> Mapping[str, Any]:
+    """JSON with names and values."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
 
 
 def kernels(text: str) -> str | Mapping[str, str]:

@@ -163,6 +163,7 @@ class Offline:
                 stop_ids=stops,
                 max_tokens=min(params.max_tokens or room, room),
                 name=f"request {number}",
+                vision=prompt.vision,
             )
             sequences.append(Sequence(job, self._tokenizer, i))
         result = RequestOutput(
@@ -171,6 +172,15 @@ class Offline:
             prompt_token_ids=list(prompt.token_ids),
             prompt_logprobs=None,
             outputs=[],
-            metrics=Metrics(prompt_tokens=len(prompt.token_ids)),
+            metrics=_metrics(prompt),
         )
         return _Request(prompt, sequences, result)
+
+
+def _metrics(prompt: Prompt) -> Metrics:
+    pictures = prompt.vision.pictures if prompt.vision else ()
+    return Metrics(
+        prompt_tokens=len(prompt.token_ids),
+        picture_tokens=sum(picture.num_tokens for picture in pictures),
+        picture_pixels=sum(picture.num_pixels for picture in pictures),
+    )

@@ -7,6 +7,7 @@ import dataclasses
 
 from qwen_jax.prompt.stop import StopStrings
 from qwen_jax.prompt.tokenizer import Tokenizer
+from qwen_jax.prompt.vision_prompt import VisionPrompt
 from qwen_jax.requests import SamplingParams
 from qwen_jax.results import CompletionOutput, Logprob
 
@@ -22,6 +23,7 @@ class Job:
         stop_ids: ids that end the text: the checkpoint's (unless ignored) and the request's.
         max_tokens: limit on new tokens, already within ``max_model_len``.
         name: what to call the request in an error.
+        vision: the pictures among the prompt's tokens, None for text alone.
     """
 
     prompt: tuple[int, ...]
@@ -30,6 +32,7 @@ class Job:
     stop_ids: tuple[int, ...]
     max_tokens: int
     name: str
+    vision: VisionPrompt | None = None
 
 
 class Sequence:

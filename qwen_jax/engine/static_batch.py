@@ -17,10 +17,12 @@ from qwen_jax import generation, sampling
 from qwen_jax.engine.chunks import plan_chunks, targets
 from qwen_jax.engine.compile_clock import compile_clock
 from qwen_jax.engine.pages import PageTable
+from qwen_jax.engine.pictures import Features, FeatureStore, positions_of, visual_rows
 from qwen_jax.engine.sequence import Sequence
 from qwen_jax.engine.token_logprobs import Entry, TokenLogprobs, most_wanted
 from qwen_jax.model.cache import grow_cache, make_cache, pack
 from qwen_jax.prompt.tokenizer import Tokenizer
+from qwen_jax.prompt.vision_prompt import VisionPrompt
 from qwen_jax.runtime import Runtime
 from qwen_jax.weights.config import ModelConfig
 from qwen_jax.weights.params import Weights
@@ -57,6 +59,7 @@ class StaticBatch:
         max_pages: how many pages the cache may have.
         max_model_len: the longest context.
         max_prefill_tokens: prompts are taken in chunks of at most this many tokens.
+        features: of pictures; None where the model sees none.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class StaticBatch:
         max_pages: int,
         max_model_len: int,
         max_prefill_tokens: int,
+        features: FeatureStore | None = None,
     ):
         self._params, self._config, self._runtime = params, config, runtime
         self._max_pages = max_pages
@@ -77,6 +81,7 @@ class StaticBatch:
         self._cache = make_cache(config.text, runtime, self._pages)
         self._table_width = -(-max_model_len // runtime.page_size)
         self._max_prefill_tokens = max_prefill_tokens
+        self._features = features
         self._logprobs = TokenLogprobs(tokenizer)
         self._clock = compile_clock()
         self._turn = 0  # which call of `run` the cache belongs to
@@ -174,8 +179,10 @@ class StaticBatch:
             new_tokens=_WIDE_BUFFER if logprobs == -1 else _BUFFER,
             logprobs=logprobs,
         )
-        max_tokens, no_delta = (jnp.asarray(x, jnp.int32) for x in (limits, [0] * size))
-        return generation.Rows(row_sampling, max_tokens, no_delta), options
+        deltas = [s.job.vision.delta if s.job.vision else 0 for s in group]
+        deltas += [0] * (size - len(group))
+        max_tokens, rope_delta = (jnp.asarray(x, jnp.int32) for x in (limits, deltas))
+        return generation.Rows(row_sampling, max_tokens, rope_delta), options
 
     def _counts(self, group: list[Sequence], size: int) -> sampling.Counts:
         prompt = np.zeros((size, self._config.text.vocab_size), bool)
@@ -198,6 +205,8 @@ class StaticBatch:
     def _start(self, group: list[Sequence], rows, options, table) -> generation.State:
         """Prefills in chunks, and samples the first tokens."""
         prompts = [s.job.prompt for s in group]
+        visions = [s.job.vision for s in group]
+        features = [v and self._seen(v) for v in visions]
         wanted = [s.job.params.prompt_logprobs for s in group]
         most = most_wanted(wanted, self._config.text.vocab_size)
         found: list[list[Entry | None]] = [[None] for _ in group]
@@ -207,7 +216,15 @@ class StaticBatch:
         for takes in plan_chunks([len(p) for p in prompts], self._max_prefill_tokens):
             pieces = [p[c : c + n] for p, c, n in zip(prompts, cached, takes, strict=True)]
             size = self._runtime.buckets.pick("tokens", sum(takes))
-            batch = pack(pieces, cached, table, num_tokens=size)
+            windows = [(c, c + n) for c, n in zip(cached, takes, strict=True)]
+            batch = pack(
+                pieces,
+                cached,
+                table,
+                num_tokens=size,
+                positions=[positions_of(v, w) for v, w in zip(visions, windows, strict=True)],
+            )
+            batch = dataclasses.replace(batch, visual=visual_rows(visions, features, windows, size))
             after = None if most is None else targets(prompts, cached, takes, size)
             x_BD, self._cache, logprobs = generation.jit_prefill(
                 *model, batch, self._cache, after, num_logprobs=most
@@ -227,6 +244,10 @@ class StaticBatch:
         )
         self._cache = state.cache
         return state
+
+    def _seen(self, vision: VisionPrompt) -> Features:
+        assert self._features is not None
+        return self._features.of(vision.pictures)
 
     def _add_prompt_logprobs(self, found, wanted, takes, after, logprobs) -> None:
         host = jax.device_get(logprobs)

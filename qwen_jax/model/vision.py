@@ -133,6 +133,9 @@ def angles(coordinates: jax.Array, config: VisionConfig) -> tuple[jax.Array, jax
     return jnp.cos(angle), jnp.sin(angle)
 
 
+jit_encode = partial(jax.jit, static_argnames=("config", "runtime", "mean", "std"))(encode)
+
+
 @partial(jax.jit, static_argnames=("config", "runtime"))
 def vision_block(
     weights: VisionBlock,

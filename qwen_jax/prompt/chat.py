@@ -196,15 +196,37 @@ def encode_chat(
     Whatever the messages, tools or kwargs say, `<|im_end|>` in them is ten characters of text,
     also when it comes together from several strings; so are `<think>` and `<tool_call>`.
     """
+    options = {
+        "tools": tools,
+        "add_generation_prompt": add_generation_prompt,
+        "continue_final_message": continue_final_message,
+        **kwargs,
+    }
+    return tokenizer.encode_parts(chat_parts(tokenizer, template, messages, **options))
+
+
+def chat_parts(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Messages,
+    *,
+    tools: Tools | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    **kwargs: Any,
+) -> list[str | int]:
+    """The prompt cut at the template's special tokens: plain strings and, between them, ids.
+
+    Pictures are put in here, before `Tokenizer.encode_parts`: text that they bring joins the
+    text around it. The arguments are those of `encode_chat`.
+    """
     conversation = _Conversation(
         template, messages, tools, add_generation_prompt, continue_final_message, kwargs
     )
     alphabet = "".join(tokenizer.added)
     twins = Twins(alphabet, [*template._sources.values(), *conversation.strings()])
     parts = tokenizer.split(conversation.marked(twins))
-    return tokenizer.encode_parts(
-        twins.restore(part) if isinstance(part, str) else part for part in parts
-    )
+    return [twins.restore(part) if isinstance(part, str) else part for part in parts]
 
 
 def _left_open(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from tiny.checkpoint import EOS, SEED, digest, prompt, write
 from tiny.safetensors import save_safetensors
 from tiny.text import TOKENIZER_VOCAB, write_text_model, write_tokenizer
 from tiny.variants import VARIANTS
+from tiny.vision import VISION_VARIANTS, write_vision_model
 from tiny.weights import dequantise, quantise, shapes, tensors
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "SEED",
     "TOKENIZER_VOCAB",
     "VARIANTS",
+    "VISION_VARIANTS",
     "dequantise",
     "digest",
     "prompt",
@@ -28,4 +30,5 @@ __all__ = [
     "write",
     "write_text_model",
     "write_tokenizer",
+    "write_vision_model",
 ]

@@ -153,3 +153,29 @@ def dequantise(weights: Tensors, block: tuple[int, int] = (128, 128)) -> Tensors
 def _spread(scale: np.ndarray, shape: tuple[int, ...], block) -> np.ndarray:
     whole = np.kron(scale.astype(np.float32), np.ones(block, np.float32))
     return whole[: shape[0], : shape[1]]
+
+
+def stack_experts(weights: Tensors, *, by_hub: bool) -> Tensors:
+    """Experts of a layer in two tensors, as vision-language checkpoints have them.
+
+    by_hub: ``gate_up_proj`` [E, D, 2F] and ``down_proj`` [E, F, D], as published; else transposed,
+    as transformers 5 saves them.
+    """
+    found: Tensors = {}
+    for name, w in weights.items():
+        before, mark, after = name.partition(".experts.")
+        if not mark:
+            found[name] = w
+            continue
+        if after != "0.gate_proj.weight":
+            continue
+        count = sum(n.startswith(before + mark) for n in weights) // 3
+
+        def stacked(kind: str, at: str = before + mark, count: int = count) -> np.ndarray:
+            return np.stack([weights[f"{at}{e}.{kind}_proj.weight"] for e in range(count)])
+
+        gate_up = np.concatenate([stacked("gate"), stacked("up")], axis=1)
+        for kind, x in (("gate_up", gate_up), ("down", stacked("down"))):
+            whole = np.ascontiguousarray(x.swapaxes(1, 2)) if by_hub else x
+            found[f"{before}{mark}{kind}_proj"] = whole
+    return found
