@@ -230,7 +230,8 @@ def test_every_argument_of_the_llm_has_its_option():
         "--model m --mesh expert=2 --strategy ep --dtype float32 --quantization int8 "
         "--kv-cache-dtype fp8 --max-model-len 99 --max-num-seqs 3 --max-num-batched-tokens 77 "
         "--hbm-utilization 0.5 --load-format dummy --kernels ragged_dot=xla --page-size 32 "
-        "--seed 4 --revision r --cache-dir d --config-override a=1 --config-override b=x"
+        "--seed 4 --revision r --cache-dir d --config-override a=1 --config-override b=x "
+        '--mm-processor-kwargs {"fps":1}'
     )
     found = options.llm_options(parser("generate").parse_args(argv.split()))
     assert found == {
@@ -251,6 +252,7 @@ def test_every_argument_of_the_llm_has_its_option():
         "revision": "r",
         "cache_dir": "d",
         "config_overrides": {"a": 1, "b": "x"},
+        "mm_processor_kwargs": {"fps": 1},
     }
     parameters = inspect.signature(LLM).parameters
     assert set(found) == set(parameters) - {"progress"}

@@ -79,8 +79,7 @@ def test_generate_streams_the_text_and_says_the_rest_on_stderr(call, expected):
     lines = err.splitlines()
     plan = next(i for i, line in enumerate(lines) if "contexts up to 256" in line)
     load = next(i for i, line in enumerate(lines) if re.match(r"load: .* GB/s$", line))
-    compiling = next(i for i, line in enumerate(lines) if line.startswith("compiling"))
-    assert plan < load < compiling
+    assert plan < load
     assert any(line.startswith("dtype: float32 instead of bfloat16") for line in lines[:plan])
     assert FOOTER.match(lines[-1]).groups() == ("4", "20")
 

@@ -2,11 +2,14 @@
 
 import argparse
 import io
+import re
+import time
 
 import jax
 import pytest
 
 from qwen_jax.commands import session
+from qwen_jax.engine import compile_clock
 from qwen_jax.engine.offline import Totals
 from qwen_jax.weights.checkpoint import Transfer
 
@@ -99,6 +102,42 @@ def test_a_terminal_sees_a_bar(monkeypatch):
         shown = screen.getvalue()
     assert "load:  50%" in shown
     assert "2.00G/4.00G" in shown
+
+
+def test_compiling_is_said_once_and_never_inside_a_text(capsys, monkeypatch):
+    monkeypatch.setattr(compile_clock, "_LARGE", 0.0)
+    monkeypatch.setattr(session, "_WORTH_SAYING", 0.0)
+
+    def compile_one(n):
+        jax.jit(lambda x: x * n)(1.0)
+
+    with session.Compiling(arguments()):
+        assert capsys.readouterr().err == ""
+        compile_one(2)
+        compile_one(3)
+        assert capsys.readouterr().err == "compiling, for the first text of its shape\n"
+    line = r"programs: 2 compiled, 0 kept from an earlier run, \d+\.\d s\n"
+    assert re.fullmatch(line, capsys.readouterr().err)
+    with session.Compiling(arguments()) as compiling:
+        compiling.text_begins()
+        compile_one(4)
+        assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err.startswith("programs: 1 compiled")
+    compile_one(5)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_clock_counts_nested_tracing_once():
+    clock = compile_clock.CompileClock()
+
+    @jax.jit
+    def inner(x):
+        time.sleep(0.05)
+        return x + 1
+
+    begun = time.perf_counter()
+    jax.jit(lambda x: inner(x) + inner(2 * x))(1.0)
+    assert 0.05 <= clock.seconds <= time.perf_counter() - begun
 
 
 def test_rates_leave_the_first_tokens_to_prefill(capsys, monkeypatch):

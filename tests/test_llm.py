@@ -1,5 +1,7 @@
 """`LLM`: prompts in, results out: order, batches, seeds, limits, and what is refused."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -29,8 +31,9 @@ def tokens(results) -> list[list[int]]:
 
 
 def test_greedy_tokens_are_those_of_the_model(llm, together):
+    # 20 new tokens are on the second page of their rows.
     for result in together:
-        assert result.outputs[0].token_ids[:6] == greedy(llm, result.prompt_token_ids, 6)
+        assert result.outputs[0].token_ids == greedy(llm, result.prompt_token_ids, 20)
 
 
 def test_a_result_says_what_was_asked(llm, together):
@@ -52,6 +55,17 @@ def test_a_result_says_what_was_asked(llm, together):
 def test_a_batch_equals_its_rows_alone(llm, together):
     alone = [llm.generate(p, GREEDY, use_tqdm=False) for p in PROMPTS]
     assert [tokens(one)[0] for one in alone] == tokens(together)
+
+
+def test_a_row_that_a_stop_string_ended_leaves_the_others_alone(llm):
+    long = SamplingParams(temperature=0.0, max_tokens=80, stop="never")
+    (alone,) = tokens(llm.generate(PROMPTS[0], long, use_tqdm=False))
+    (whole,) = llm.generate(PROMPTS[1], long, use_tqdm=False)
+    short = dataclasses.replace(long, stop=whole.outputs[0].text[:2])
+    first, second = llm.generate(PROMPTS[:2], [long, short], use_tqdm=False)
+    assert tokens([first]) == [alone]
+    assert len(alone) > 40
+    assert len(second.outputs[0].token_ids) < 4
 
 
 def test_more_prompts_than_rows_come_back_in_order(llm, together):

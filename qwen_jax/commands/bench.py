@@ -100,9 +100,8 @@ def _runs(args: argparse.Namespace, llm: "LLM") -> list:
     )
     prompts = [{"prompt_token_ids": row} for row in ids]
     params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=args.new_tokens)
-    compiled = session.compile_notice(args)
-    llm.generate(prompts, params, use_tqdm=False)
-    compiled()
+    with session.Compiling(args):
+        llm.generate(prompts, params, use_tqdm=False)
     found = []
     for _ in range(args.repeats):
         before = llm.totals

@@ -30,13 +30,12 @@ def complete(
 
 def finish(args: argparse.Namespace, llm: "LLM", call: Callable[[], list[RequestOutput]]) -> int:
     """Writes what ``call`` returns, and the footer."""
-    compiled = session.compile_notice(args)
-    results = call()
+    with session.Compiling(args):
+        results = call()
     if args.json:
         output.write_results(results)
     else:
         output.write_texts(results)
-    compiled()
     session.footer(args, llm.totals)
     return 0
 
@@ -45,15 +44,15 @@ def stream(
     args: argparse.Namespace, llm: "LLM", prompt: str | Prompt, params: SamplingParams
 ) -> int:
     """One prompt, its text as it comes; ctrl-C ends it and keeps what is there."""
-    compiled = session.compile_notice(args)
     code = 0
-    try:
-        for event in llm.stream(prompt, params):
-            output.write(event.text)
-    except KeyboardInterrupt:
-        code = 130
-    output.end_line()
-    compiled()
+    with session.Compiling(args) as compiling:
+        try:
+            for event in llm.stream(prompt, params):
+                compiling.text_begins()
+                output.write(event.text)
+        except KeyboardInterrupt:
+            code = 130
+        output.end_line()
     session.footer(args, llm.totals)
     return code
 

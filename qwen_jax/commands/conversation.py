@@ -76,16 +76,16 @@ class Conversation:
         """
         asked, self._pictures = self.asked(text), []
         before, code = self._llm.totals, 0
-        compiled = session.compile_notice(self._args)
         answer = Answer(quiet=self._args.quiet)
-        try:
-            for event in self._llm.stream(asked, self._params, **self._options):
-                answer.add(event)
-        except KeyboardInterrupt:
-            code = 130
-        answer.close()
-        output.end_line()
-        compiled()
+        with session.Compiling(self._args) as compiling:
+            try:
+                for event in self._llm.stream(asked, self._params, **self._options):
+                    compiling.text_begins()
+                    answer.add(event)
+            except KeyboardInterrupt:
+                code = 130
+            answer.close()
+            output.end_line()
         session.footer(self._args, self._llm.totals - before)
         self.messages = [*asked, answer.message]
         return code

@@ -9,7 +9,6 @@ import os
 import pathlib
 import resource
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from qwen_jax.commands.options import llm_options
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 _LOGGER = "qwen_jax"
 _MIN_COMPILE_SECONDS = 0.1  # programs that took less are compiled again rather than kept
+_WORTH_SAYING = 0.5  # seconds of compiling
 
 
 def say(args: argparse.Namespace, text: str) -> None:
@@ -140,21 +140,37 @@ def _summary(last: "Transfer") -> str:
     return text
 
 
-def compile_notice(args: argparse.Namespace) -> Callable[[], None]:
-    """Says that compiling may take a while; the result says how long it took, if it did."""
-    from qwen_jax.engine.compile_clock import compile_clock
+class Compiling:
+    """Says when programs are compiled, and afterwards how long that took, if it took long."""
 
-    clock = compile_clock()
-    programs, cached, seconds = clock.programs, clock.cached, clock.seconds
-    say(args, "compiling (a shape's first use; kept for the next start) …")
+    def __init__(self, args: argparse.Namespace):
+        from qwen_jax.engine.compile_clock import compile_clock
 
-    def done() -> None:
-        new, kept = clock.programs - programs, clock.cached - cached
-        if new:
-            spent = clock.seconds - seconds
-            say(args, f"compiled {new} programs in {spent:.1f} s, {kept} of them kept from before")
+        self._args, self._clock = args, compile_clock()
+        self._before = (0, 0, 0.0)
 
-    return done
+    def __enter__(self) -> "Compiling":
+        self._before = self._now()
+        self._clock.on_large = lambda: say(self._args, "compiling, for the first text of its shape")
+        return self
+
+    def text_begins(self) -> None:
+        """From here on a notice would stand in the middle of a text."""
+        self._clock.on_large = None
+
+    def __exit__(self, *error: object) -> None:
+        self._clock.on_large = None
+        pairs = zip(self._now(), self._before, strict=True)
+        programs, cached, seconds = (now - before for now, before in pairs)
+        if seconds >= _WORTH_SAYING and error[0] is None:
+            say(
+                self._args,
+                f"programs: {programs - cached} compiled, {cached} kept from an earlier run, "
+                f"{seconds:.1f} s",
+            )
+
+    def _now(self) -> tuple[int, int, float]:
+        return self._clock.programs, self._clock.cached, self._clock.seconds
 
 
 def footer(args: argparse.Namespace, totals: "Totals") -> None:
