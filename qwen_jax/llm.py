@@ -100,6 +100,8 @@ class LLM:
             hbm_utilization=hbm_utilization,
         )
         log.info("%s", self.plan)
+        if source.form == "dummy":
+            log.info("weights: random ones, of seed %d", seed)
         loaded = checkpoint.load(
             source,
             runtime=self.runtime,

@@ -255,7 +255,8 @@ def test_every_argument_of_the_llm_has_its_option():
         "mm_processor_kwargs": {"fps": 1},
     }
     parameters = inspect.signature(LLM).parameters
-    assert set(found) == set(parameters) - {"progress"}
+    only_in_python = {"progress", "video_form"}
+    assert set(found) == set(parameters) - only_in_python
     plain = options.llm_options(parser("generate").parse_args(["--model", "m"]))
     assert all(plain[name] == parameters[name].default for name in found if name != "model")
 

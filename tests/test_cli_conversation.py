@@ -20,7 +20,7 @@ class Scripted:
 
     def __init__(self, *answers):
         self.answers, self.asked = list(answers), []
-        self.totals = Totals(prefill_time=1.0)
+        self.totals = Totals()
 
     def stream(self, messages, params, *, tools, chat_template_kwargs):
         self.asked.append((list(messages), tools, chat_template_kwargs))
@@ -32,6 +32,8 @@ class Scripted:
             if letter == "^":
                 raise KeyboardInterrupt
             yield StreamEvent(letter, parser.push(letter))
+        spent = {"prompt_tokens": 3, "generated_tokens": 2, "prefill_time": 1.5}
+        self.totals -= Totals(**{name: -n for name, n in spent.items()})
         deltas = parser.finish()
         output = CompletionOutput(0, answer, [], tool_calls=list(parser.message.tool_calls))
         yield StreamEvent("", deltas, RequestOutput("0", None, [], None, [output]))
@@ -131,4 +133,5 @@ def test_reasoning_goes_to_stderr_and_calls_are_json(talk, capsys):
     assert asked[0][1] == tools
     call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     assert asked[1][0][1] == assistant("yes\n", reasoning_content="hm", tool_calls=[call])
-    assert "Prompt: 0 tokens" in err
+    each = "Prompt: 3 tokens, 2.000 tokens-per-sec / Generation: 2 tokens"
+    assert err.count(each) == 2  # of its turn alone

@@ -148,6 +148,7 @@ def test_rates_leave_the_first_tokens_to_prefill(capsys, monkeypatch):
     session.footer(arguments(), totals)
     session.footer(arguments(), Totals(prompt_tokens=4, generated_tokens=1, prefill_time=2.0))
     session.footer(arguments(quiet=True), totals)
+    session.footer(arguments(), Totals(compile_time=1.0))  # stopped before the first token
     assert capsys.readouterr().err == (
         "Prompt: 10 tokens, 20.000 tokens-per-sec / Generation: 9 tokens, 4.000 tokens-per-sec / "
         "Peak memory: 1.500 GB\n"

@@ -174,7 +174,9 @@ class Compiling:
 
 
 def footer(args: argparse.Namespace, totals: "Totals") -> None:
-    """The last line: tokens, rates without compiling, memory."""
+    """The last line: tokens, rates without compiling, memory; nothing where no token came."""
+    if not totals.generated_tokens:
+        return
     prompt = totals.prompt_tokens / max(totals.prefill_time, 1e-9)
     # The first token of each text comes with its prompt, so the others make the rate.
     generated = totals.decode_tokens / totals.decode_time if totals.decode_tokens else 0.0
