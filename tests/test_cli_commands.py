@@ -14,10 +14,8 @@ import tiny_llm
 from published import FP8_BYTES, TOTALS
 
 from qwen_jax import cli
-from qwen_jax.commands.output import write_results
 from qwen_jax.llm import LLM
 from qwen_jax.requests import SamplingParams
-from qwen_jax.results import CompletionOutput, Logprob, RequestOutput
 from qwen_jax.roofline import Machine
 
 FOOTER = re.compile(
@@ -95,18 +93,6 @@ def test_json_is_one_object_per_result(call, llm, expected):
     assert (output["text"], output["finish_reason"]) == (expected.text, "length")
     assert output["logprobs"] is None
     assert FOOTER.match(err.splitlines()[-1]).groups() == ("5", "40")
-
-
-def test_logprobs_are_json_by_token_id(capsys):
-    entry = {7: Logprob(-0.5, 1, "é")}
-    output = CompletionOutput(0, "é", [7], logprobs=[entry])
-    write_results([RequestOutput("0", None, [1], [None, entry], [output])])
-    written = capsys.readouterr().out
-    assert '"decoded_token": "é"' in written
-    found = json.loads(written)
-    expected = {"7": {"logprob": -0.5, "rank": 1, "decoded_token": "é"}}
-    assert found["outputs"][0]["logprobs"] == [expected]
-    assert found["prompt_logprobs"] == [None, expected]
 
 
 def test_several_texts_have_titles_on_stderr(call, expected):
@@ -273,6 +259,7 @@ def test_info_counts_what_is_published(call, name):
     _, out, _ = call("info", "--json", model=name)
     report = json.loads(out)
     assert (report["form"], report["parameters"]["total"]) == ("preset", TOTALS[name][0])
+    assert report["vision"] == ({"depth": 27, "hidden_size": 1152} if "VL" in name else None)
     if name.endswith("FP8"):
         assert report["bytes"]["total"] == FP8_BYTES
         assert report["quantization"]["block"] == [128, 128]

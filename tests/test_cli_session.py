@@ -1,7 +1,8 @@
-"""What a command sets up: kept programs, progress, the footer."""
+"""What a command sets up and writes: kept programs, progress, results, the footer."""
 
 import argparse
 import io
+import json
 import re
 import time
 
@@ -9,8 +10,10 @@ import jax
 import pytest
 
 from qwen_jax.commands import session
+from qwen_jax.commands.output import write_results
 from qwen_jax.engine import compile_clock
 from qwen_jax.engine.offline import Totals
+from qwen_jax.results import CompletionOutput, Logprob, RequestOutput
 from qwen_jax.weights.checkpoint import Transfer
 
 
@@ -138,6 +141,18 @@ def test_a_clock_counts_nested_tracing_once():
     begun = time.perf_counter()
     jax.jit(lambda x: inner(x) + inner(2 * x))(1.0)
     assert 0.05 <= clock.seconds <= time.perf_counter() - begun
+
+
+def test_logprobs_are_json_by_token_id(capsys):
+    entry = {7: Logprob(-0.5, 1, "é")}
+    output = CompletionOutput(0, "é", [7], logprobs=[entry])
+    write_results([RequestOutput("0", None, [1], [None, entry], [output])])
+    written = capsys.readouterr().out
+    assert '"decoded_token": "é"' in written
+    found = json.loads(written)
+    expected = {"7": {"logprob": -0.5, "rank": 1, "decoded_token": "é"}}
+    assert found["outputs"][0]["logprobs"] == [expected]
+    assert found["prompt_logprobs"] == [None, expected]
 
 
 def test_rates_leave_the_first_tokens_to_prefill(capsys, monkeypatch):

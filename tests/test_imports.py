@@ -126,6 +126,7 @@ qwen_jax.commands.generate
 qwen_jax.commands.chat
 qwen_jax.commands.fill
 qwen_jax.commands.convert
+qwen_jax.commands.info_text
 qwen_jax.commands.info
 qwen_jax.commands.bench
 qwen_jax.commands.parser

@@ -171,9 +171,19 @@ def _rows_by_strips(x_MD, experts, e, first, *, height, padded):
     y = functools.reduce(jnp.add, terms)
     if experts.scale is not None:
         y = y * experts.scales(e, J)[:, None]
-    # Without the barrier XLA fuses the outer sum as well, and then reads w in strided order.
-    y = lax.optimization_barrier(y).sum(0)
+    y = _own_loop(y, zero=first >> 31).sum(0)
     return jnp.pad(experts.activate(y), ((0, padded - height), (0, 0)))
+
+
+def _own_loop(y, zero):
+    """``y`` itself, computed in one loop of its own, apart from the sum that consumes it.
+
+    XLA:CPU hands sums, with all the products before them, to a library that takes slices as copies
+    only: it would copy w. The library knows no integers, so y passes through them, changed by a
+    ``zero`` that XLA cannot see is one. (A barrier did that job in jax 0.11, and not in 0.10.)
+    """
+    bits = lax.bitcast_convert_type(y, jnp.int32) ^ zero
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _wide(x_MD, experts, spans, out_dtype):

@@ -8,7 +8,6 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from qwen_jax.commands import options
-from qwen_jax.commands.output import size
 
 if TYPE_CHECKING:
     from qwen_jax.weights.checkpoint import Location
@@ -31,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Describes the checkpoint on stdout."""
     wanted = options.llm_options(args)
-    from qwen_jax.commands import output, session
+    from qwen_jax.commands import info_text, output, session
 
     args.quiet = True  # what the library chooses is in the report
     session.prepare(args)
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         output.write_json(report)
     else:
-        output.write(_text(report) + "\n")
+        output.write(info_text.lines(report) + "\n")
     return 0
 
 
@@ -108,6 +107,7 @@ def _report(
         "head_dim": text.head_dim,
         "experts": text.num_experts,
         "experts_per_token": text.num_experts_per_tok,
+        "vision": _vision(config),
         "vocab_size": text.vocab_size,
         "tied_embeddings": config.tie_word_embeddings,
         "parameters": {"total": derive.count(config), "active": derive.count_active(config)},
@@ -121,6 +121,11 @@ def _report(
         **_text_side(location, args),
         "machine": _machine(args, config, jax.devices()),
     }
+
+
+def _vision(config: "ModelConfig") -> dict[str, Any] | None:
+    tower = config.vision
+    return None if tower is None else {"depth": tower.depth, "hidden_size": tower.hidden_size}
 
 
 def _quantization(quant: Any) -> dict[str, Any]:
@@ -215,80 +220,3 @@ def _machine(args: argparse.Namespace, config: "ModelConfig", devices: Any) -> d
         return {**found, "fits": False, "problem": str(error)}
     names = ("memory", "weights", "kv_tokens", "max_model_len")
     return {**found, "fits": True, **{name: getattr(plan, name) for name in names}}
-
-
-# ---- for people --------------------------------------------------------------------------------
-
-
-def _text(report: dict[str, Any]) -> str:
-    r, machine = report, report["machine"]
-    experts = ""
-    if r["experts"]:
-        experts = (
-            f", {r['sparse_layers']} of the layers with {r['experts']} experts, "
-            f"{r['experts_per_token']} per token"
-        )
-    quant = r["quantization"]
-    if quant is None:
-        stored = "none"
-    else:
-        block = "per channel" if quant["block"] is None else "x".join(map(str, quant["block"]))
-        stored = f"{quant['form']}, scales {block} in {quant['scale_dtype']}"
-    sizes = {name: n for name, n in r["bytes"].items() if name not in ("total", "from")}
-    by_dtype = ", ".join(f"{name} {size(n)}" for name, n in sizes.items())
-    rows = [
-        ("model", f"{r['model']} ({r['form']})"),
-        ("architecture", f"{r['architecture']}: {r['kind']}"),
-        ("layers", f"{r['layers']}{experts}"),
-        (
-            "attention",
-            f"{r['heads']} heads, {r['kv_heads']} for keys and values, of {r['head_dim']}; "
-            f"width {r['hidden_size']:,}",
-        ),
-        ("parameters", f"{r['parameters']['total']:,}"),
-        ("active", f"{r['parameters']['active']:,} per token, the embedding not counted"),
-        ("bytes", f"{size(r['bytes']['total'])} ({by_dtype}; by {r['bytes']['from']})"),
-        ("quantisation", stored),
-        (
-            "context",
-            f"{r['context']['max_position_embeddings']:,} tokens, rope {r['context']['rope']}, "
-            f"theta {r['context']['rope_theta']:,.0f}",
-        ),
-        ("vocabulary", f"{r['vocab_size']:,}{', head tied' if r['tied_embeddings'] else ''}"),
-        *_text_rows(r),
-        (
-            "here",
-            f"{machine['devices']} x {machine['device']}, {machine['dtype']}, "
-            f"KV {machine['kv_dtype']} ({machine['kv_bytes_per_token']:,} bytes per token)",
-        ),
-        ("kernels", ", ".join(f"{op}: {name}" for op, name in machine["kernels"].items())),
-    ]
-    if machine["fits"]:
-        rows.append(
-            (
-                "fits",
-                f"weights {size(machine['weights'])} per device, then KV for "
-                f"{machine['kv_tokens']:,} tokens; contexts up to {machine['max_model_len']:,}",
-            )
-        )
-    else:
-        rows.append(("does not fit", machine["problem"]))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
-
-
-def _text_rows(r: dict[str, Any]) -> list[tuple[str, str]]:
-    if r["form"] == "preset":
-        return [("tokenizer", "not known of a preset: its files are not read")]
-    tokenizer, template = "none: token ids only", "none: generate only"
-    if r["tokenizer"]:
-        ids, special = r["tokenizer"]["size"], r["tokenizer"]["special"]
-        tokenizer = f"{ids:,} ids, {special} of them special"
-    if r["chat_template"]:
-        template = f"yes, tool calls: {r['tool_format'] or 'none'}"
-    rows = [("tokenizer", tokenizer), ("chat template", template)]
-    if r["generation_config"]:
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "do_sample")
-        own = {n: r["generation_config"][n] for n in names if n in r["generation_config"]}
-        rows.append(("sampling", ", ".join(f"{n} {value}" for n, value in own.items())))
-    return rows

@@ -91,12 +91,7 @@ def make_plan(
     Raises:
         ValueError: a limit out of range, or weights or cache that do not fit; it says what would.
     """
-    limit = config.text.max_position_embeddings
-    if max_model_len is not None and not 1 < max_model_len <= limit:
-        raise ValueError(
-            f"max_model_len={max_model_len:,} is not in 2 .. {limit:,}, the model's "
-            "max_position_embeddings (YaRN in config.json's rope_scaling extends it)"
-        )
+    limit = _model_limit(config, max_model_len)
     if not 0 < hbm_utilization <= 1:
         raise ValueError(f"hbm_utilization={hbm_utilization} is not in (0, 1]")
     stored = requantized(config, quantization) if quantization else config
@@ -110,15 +105,7 @@ def make_plan(
     left = memory - weights
     cache = int(left * _CPU_SHARE) if _on_cpu(runtime) else left
     page = page_bytes(config.text, runtime) // _kv_ways(runtime)
-    fits = cache // page * runtime.page_size
-    wanted = limit if max_model_len is None else max_model_len
-    if wanted > fits and (max_model_len is not None or fits < 2):
-        raise ValueError(
-            f"max_model_len={wanted:,} needs {_gb(math.ceil(wanted / runtime.page_size) * page)} "
-            f"of cache on each device, {_gb(cache)} are free (KV for {fits:,} tokens fits): lower "
-            "max_model_len, or use kv_cache_dtype='int8' or more devices"
-        )
-    wanted = min(wanted, fits)
+    wanted = _longest(max_model_len or limit, cache, page, runtime, asked=max_model_len is not None)
     return Plan(
         devices=_devices(runtime),
         memory=memory,
@@ -130,6 +117,28 @@ def make_plan(
         max_model_len=wanted,
         model_limit=limit,
     )
+
+
+def _longest(wanted: int, cache: int, page: int, runtime: Runtime, *, asked: bool) -> int:
+    """The longest context; shorter than ``wanted`` only where the user did not ask for it."""
+    fits = cache // page * runtime.page_size
+    if wanted > fits and (asked or fits < 2):
+        raise ValueError(
+            f"max_model_len={wanted:,} needs {_gb(math.ceil(wanted / runtime.page_size) * page)} "
+            f"of cache on each device, {_gb(cache)} are free (KV for {fits:,} tokens fits): lower "
+            "max_model_len, or use kv_cache_dtype='int8' or more devices"
+        )
+    return min(wanted, fits)
+
+
+def _model_limit(config: ModelConfig, max_model_len: int | None) -> int:
+    limit = config.text.max_position_embeddings
+    if max_model_len is not None and not 1 < max_model_len <= limit:
+        raise ValueError(
+            f"max_model_len={max_model_len:,} is not in 2 .. {limit:,}, the model's "
+            "max_position_embeddings (YaRN in config.json's rope_scaling extends it)"
+        )
+    return limit
 
 
 def prefill_limit(runtime: Runtime, wanted: int | None, max_num_seqs: int) -> int:

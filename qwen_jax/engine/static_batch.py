@@ -40,8 +40,7 @@ class Progress:
     Attributes:
         new_text: of each sequence.
         new_tokens: of all.
-        seconds: it took, compiling left out.
-        compile_seconds: of compiling.
+        seconds, compile_seconds: of work, and of compiling besides.
     """
 
     new_text: list[str]
