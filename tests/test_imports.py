@@ -12,7 +12,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 _ORDER = """
 pallas_kernels.registry
+pallas_kernels.precision
 pallas_kernels.narrow
+pallas_kernels.buffers
 pallas_kernels.ragged_dot.xla
 pallas_kernels.ragged_dot
 pallas_kernels.ragged_dot.cases

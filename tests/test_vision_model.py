@@ -5,17 +5,23 @@ tower starts from transformers' own values, so that the first one to fail names 
 """
 
 import dataclasses
+import functools
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import vision_model
 
 from qwen_jax.engine.pictures import FeatureStore, visual_rows
 from qwen_jax.model import vision
 from qwen_jax.prompt import images
 from qwen_jax.requests import SamplingParams
+from qwen_jax.runtime import Runtime
+from qwen_jax.weights import derive, presets
+from qwen_jax.weights.quant import QArray
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "vision_model.npz")
 TOWER_CASE = "two images"
@@ -62,7 +68,9 @@ def generated(llm, cases, **options) -> list[list[int]]:
 
 
 def test_learned_positions_equal_transformers(llm, batch):
-    ours = vision.learned_positions(llm.params.vision.positions, batch, llm.runtime)
+    ours = vision.learned_positions(
+        llm.params.vision.positions, batch.taps.T, batch.tap_weights.T, llm.runtime
+    )
     wanted = tower("positions")
     np.testing.assert_allclose(ours[: len(wanted)], wanted, atol=RUNG)
 
@@ -89,6 +97,38 @@ def test_merged_rows_and_deepstack_levels_equal_transformers(llm, batch, name):
     wanted = tower(name)
     assert np.std(wanted) > 0.3  # or the tolerance would mean nothing
     np.testing.assert_allclose(ours[: len(wanted)], wanted, atol=RUNG)
+
+
+def test_rows_taken_tile_by_tile_give_the_same_features(llm, batch, monkeypatch):
+    encode = functools.partial(jax.jit, static_argnames=("config", "runtime"))(vision.encode)
+    whole = encode(llm.params.vision, batch, llm.config.vision, llm.runtime)
+    monkeypatch.setattr(vision, "TILE", 24)  # 64 rows: two tiles and a part
+    vision.vision_block.clear_cache()
+    encode.clear_cache()
+    tiled = encode(llm.params.vision, batch, llm.config.vision, llm.runtime)
+    vision.vision_block.clear_cache()
+    used = int(batch.segment_starts[-1]) // 4
+    np.testing.assert_allclose(tiled.rows[:used], whole.rows[:used], atol=RUNG)
+    np.testing.assert_allclose(tiled.levels[:, :used], whole.levels[:, :used], atol=RUNG)
+
+
+def test_the_published_tower_takes_16_million_pixels_in_8_gb():
+    config = presets.preset("Qwen3-VL-30B-A3B-Instruct")
+    runtime = Runtime.make(mesh="tensor=1", dtype="float32")
+    patches = (4096 // config.vision.patch_size) ** 2
+    shape = jax.ShapeDtypeStruct
+    picture = vision.VisionBatch(
+        patches=shape((patches, 3 * 2 * 16 * 16), jnp.uint8),
+        coordinates=shape((patches, 2), jnp.int32),
+        taps=shape((4, patches), jnp.int32),
+        tap_weights=shape((4, patches), jnp.float32),
+        segment_starts=shape((2,), jnp.int32),
+    )
+    weights = derive.abstract(config, runtime.dtype).vision
+    lowered = vision.jit_encode.lower(weights, picture, config.vision, runtime)
+    memory = lowered.compile().memory_analysis()
+    taken = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    assert taken < 8e9
 
 
 # ---- the decoder -------------------------------------------------------------------------------
@@ -132,6 +172,21 @@ def test_experts_and_heads_over_eight_devices_give_the_same_tokens():
     llm = vision_model.open_llm("vl_moe", mesh="expert=4,tensor=2")
     case = "image and video"
     assert generated(llm, [case]) == [GOLDEN[f"greedy/{case}"].tolist()]
+
+
+# ---- FP8 ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", tiny.VISION_FP8_VARIANTS)
+def test_fp8_experts_of_either_form_compute_with_exactly_their_values(variant):
+    case = "image and video"
+    quantised = vision_model.open_llm(variant)
+    exact = vision_model.open_llm(variant, dequantised=True)
+    assert isinstance(quantised.params.layers[0].mlp.gate_up, QArray)
+    given = vision_model.prompt(quantised, case)
+    ours, wanted = (vision_model.logits(llm, given) for llm in (quantised, exact))
+    assert np.abs(ours - wanted).max() < RUNG
+    assert generated(quantised, [case]) == generated(exact, [case])
 
 
 # ---- features ----------------------------------------------------------------------------------

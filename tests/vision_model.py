@@ -55,17 +55,18 @@ def few_shapes() -> Iterator[None]:
 
 
 @functools.cache
-def directory(variant: str) -> pathlib.Path:
+def directory(variant: str, *, dequantised: bool = False) -> pathlib.Path:
     """The checkpoint."""
     kept = tempfile.TemporaryDirectory(prefix="tiny-vision-")
     _KEPT.append(kept)
-    return tiny.write_vision_model(kept.name, variant)
+    return tiny.write_vision_model(kept.name, variant, dequantised=dequantised)
 
 
-def open_llm(variant: str, **options: Any) -> LLM:
+def open_llm(variant: str, *, dequantised: bool = False, **options: Any) -> LLM:
     """An LLM of its own, on one device unless told."""
+    path = directory(variant, dequantised=dequantised)
     with few_shapes():
-        return LLM(str(directory(variant)), **{"mesh": "tensor=1", **OPTIONS, **options})
+        return LLM(str(path), **{"mesh": "tensor=1", **OPTIONS, **options})
 
 
 @functools.cache

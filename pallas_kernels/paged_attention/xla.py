@@ -26,6 +26,7 @@ from flax import struct
 from jax import lax
 
 from pallas_kernels import narrow, registry
+from pallas_kernels.precision import exact
 
 # Largest magnitude of each narrow cache dtype.
 LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0}
@@ -220,7 +221,9 @@ def _online(q, cache, tiles, sm_scale, height):
         # Values nobody of the tile sees may be NaN, and 0 * NaN is no 0.
         used = (position <= last[:, None])[:, None, :]
         values = jnp.where(used[..., None], values, 0)
-        scores = jnp.einsum("UKRH,UKSH->UKRS", q, keys, preferred_element_type=jnp.float32)
+        scores = jnp.einsum(
+            "UKRH,UKSH->UKRS", q, keys, precision=exact(q), preferred_element_type=jnp.float32
+        )
         scores = scores * sm_scale
         if cache.scales is not None:
             scores = scores * cache.read_scales(page, head).reshape(lanes, K, 1, S)
@@ -235,7 +238,11 @@ def _online(q, cache, tiles, sm_scale, height):
             scale = cache.read_scales(page, head + 1).reshape(lanes, K, S)
             weights = weights * jnp.where(used, scale, 0)[:, :, None]
         acc = acc * decay[..., None] + jnp.einsum(
-            "UKRS,UKSH->UKRH", weights.astype(q.dtype), values, preferred_element_type=jnp.float32
+            "UKRS,UKSH->UKRH",
+            weights.astype(q.dtype),
+            values,
+            precision=exact(q),
+            preferred_element_type=jnp.float32,
         )
         return new, total, acc
 

@@ -26,6 +26,8 @@ from flax import struct
 from jax import lax
 
 from pallas_kernels import narrow, registry
+from pallas_kernels.buffers import hidden_zero, zeros_after
+from pallas_kernels.precision import exact
 
 SKINNY_MEAN = 4
 HEIGHTS = (1, 2, 4)
@@ -157,7 +159,7 @@ def _skinny(x_MD, experts, spans, out_dtype):
         y = jnp.where((jnp.arange(tallest) < rows)[:, None], y, 0).astype(out_dtype)
         return lax.dynamic_update_slice_in_dim(out, y, first, axis=0)
 
-    out = jnp.zeros((M + tallest, experts.w.shape[-1]), out_dtype)
+    out = zeros_after(x_MD, (M + tallest, experts.w.shape[-1]), out_dtype)
     return lax.fori_loop(0, count, item, out)[:M]
 
 
@@ -171,7 +173,7 @@ def _rows_by_strips(x_MD, experts, e, first, *, height, padded):
     y = functools.reduce(jnp.add, terms)
     if experts.scale is not None:
         y = y * experts.scales(e, J)[:, None]
-    y = _own_loop(y, zero=first >> 31).sum(0)
+    y = _own_loop(y, hidden_zero(first)).sum(0)
     return jnp.pad(experts.activate(y), ((0, padded - height), (0, 0)))
 
 
@@ -180,7 +182,7 @@ def _own_loop(y, zero):
 
     XLA:CPU hands sums, with all the products before them, to a library that takes slices as copies
     only: it would copy w. The library knows no integers, so y passes through them, changed by a
-    ``zero`` that XLA cannot see is one. (A barrier did that job in jax 0.11, and not in 0.10.)
+    hidden ``zero``.
     """
     bits = lax.bitcast_convert_type(y, jnp.int32) ^ zero
     return lax.bitcast_convert_type(bits, jnp.float32)
@@ -199,7 +201,8 @@ def _wide(x_MD, experts, spans, out_dtype):
             begin = first_I[i] + t * tile
             start = jnp.minimum(begin, M - tile)
             x = lax.dynamic_slice_in_dim(x_MD, start, tile)
-            y = experts.activate(jnp.dot(x, matrix, preferred_element_type=jnp.float32))
+            y = jnp.dot(x, matrix, precision=exact(x), preferred_element_type=jnp.float32)
+            y = experts.activate(y)
             row = start + jnp.arange(tile)
             mine = ((row >= begin) & (row < end_I[i]))[:, None]
             old = lax.dynamic_slice_in_dim(out, start, tile)
@@ -208,7 +211,7 @@ def _wide(x_MD, experts, spans, out_dtype):
 
         return lax.fori_loop(0, -(-(end_I[i] - first_I[i]) // tile), rows, out)
 
-    return lax.fori_loop(0, count, expert, jnp.zeros((M, experts.w.shape[-1]), out_dtype))
+    return lax.fori_loop(0, count, expert, zeros_after(x_MD, (M, experts.w.shape[-1]), out_dtype))
 
 
 def supports(platform: str, **facts) -> str | None:

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import registry
+from pallas_kernels.buffers import map_rows
+from pallas_kernels.precision import exact
 
 TILE = 256
 BLOCK = 512
@@ -22,23 +24,16 @@ BLOCK = 512
 
 def segment_attention(q_UNH, k_UNH, v_UNH, segment_starts, sm_scale):
     """`pallas_kernels.segment_attention`, on checked arguments."""
-    U, N, H = q_UNH.shape
+    U = q_UNH.shape[0]
     if U == 0:
         return q_UNH
-    tile, block = min(TILE, U), min(BLOCK, U)
-    tiles = -(-U // tile)
-    pad = tiles * tile - U
-    low_U, high_U = _seen(segment_starts, U)
-    low_U, high_U = (jnp.pad(x, (0, pad)) for x in (low_U, high_U))
-    q = jnp.pad(q_UNH, ((0, pad), (0, 0), (0, 0))).reshape(tiles, tile, N, H)
+    block = min(BLOCK, U)
     # Slices of `block` keys start anywhere below U: the last one is moved back to end at U.
 
-    def one(args):
-        q_tNH, low_t, high_t = args
+    def one(q_tNH, low_t, high_t):
         return _tile(q_tNH, low_t, high_t, k_UNH, v_UNH, sm_scale, block)
 
-    out = lax.map(one, (q, low_U.reshape(tiles, tile), high_U.reshape(tiles, tile)))
-    return out.reshape(tiles * tile, N, H)[:U]
+    return map_rows(one, q_UNH, *_seen(segment_starts, U), tile=TILE)
 
 
 def _seen(segment_starts, U):
@@ -67,14 +62,20 @@ def _tile(q_tNH, low_t, high_t, k_UNH, v_UNH, sm_scale, block):
         seen = (at >= jnp.maximum(low_t, begin)[:, None]) & (at < high_t[:, None])
         # What no query of the tile sees may be NaN, and 0 * NaN is no 0.
         values = jnp.where(jnp.any(seen, 0)[:, None, None], values, 0)
-        scores = jnp.einsum("tNH,sNH->Nts", q_tNH, keys, preferred_element_type=jnp.float32)
+        scores = jnp.einsum(
+            "tNH,sNH->Nts", q_tNH, keys, precision=exact(q_tNH), preferred_element_type=jnp.float32
+        )
         scores = jnp.where(seen, scores * sm_scale, -jnp.inf)
         new = jnp.maximum(top, scores.max(-1))
         # A query that has seen nothing yet keeps a finite maximum, so that no exponent is NaN.
         decay, weights = jnp.exp(top - new), jnp.exp(scores - new[..., None])
         total = total * decay + weights.sum(-1)
         acc = acc * decay[..., None] + jnp.einsum(
-            "Nts,sNH->NtH", weights.astype(q_tNH.dtype), values, preferred_element_type=jnp.float32
+            "Nts,sNH->NtH",
+            weights.astype(q_tNH.dtype),
+            values,
+            precision=exact(q_tNH),
+            preferred_element_type=jnp.float32,
         )
         return new, total, acc
 

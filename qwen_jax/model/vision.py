@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from pallas_kernels.buffers import map_rows
 from pallas_kernels.segment_attention import segment_attention
 from qwen_jax import sharding as sharding_lib
 from qwen_jax.model.norm import layer_norm
@@ -24,6 +25,8 @@ from qwen_jax.weights.params import Merger, Vision, VisionBlock
 
 NORM_EPS = 1e-6  # fixed in the tower, whatever the decoder uses
 ROPE_THETA = 10000.0
+# Patches whose widest intermediates exist at once: of 65,536 fc1 alone makes 1.1 GB in float32.
+TILE = 4096
 
 
 @struct.dataclass
@@ -74,9 +77,7 @@ def encode(
         config, runtime: static.
         mean, std: per colour, of the checkpoint's preprocessor.
     """
-    pixels = normalise(batch.patches, config, mean, std).astype(runtime.dtype)
-    x_UD = quant.einsum("UCZYX,CZYXD->UD", pixels, weights.patch)
-    x_UD = x_UD + weights.patch_bias + learned_positions(weights.positions, batch, runtime)
+    x_UD = _embed(weights, batch, config, runtime, mean, std)
     rotary = angles(batch.coordinates, config)
     levels = []
     taps = dict(zip(config.deepstack_visual_indexes, weights.deepstack, strict=True))
@@ -85,15 +86,20 @@ def encode(
             block, x_UD, rotary, batch.segment_starts, config=config, runtime=runtime
         )
         if i in taps:
-            merged = _merge(x_UD, config)
-            merged = layer_norm(merged, taps[i].norm, taps[i].norm_bias, NORM_EPS)
-            levels.append(_project(taps[i], merged))
-    last = weights.merger
-    normed = layer_norm(x_UD, last.norm, last.norm_bias, NORM_EPS)
-    rows = _project(last, _merge(normed, config))
+            levels.append(map_rows(partial(_merge, taps[i], config=config), x_UD, tile=TILE))
+    rows = map_rows(partial(_merge_last, weights.merger, config=config), x_UD, tile=TILE)
     # A tower without DeepStack has no level: an empty axis keeps the type.
     stacked = jnp.stack(levels) if levels else jnp.zeros((0, *rows.shape), rows.dtype)
     return VisionFeatures(rows, stacked)
+
+
+def _embed(weights: Vision, batch: VisionBatch, config: VisionConfig, runtime: Runtime, mean, std):
+    def embed(patches, taps_U4, tap_weights_U4):
+        pixels = normalise(patches, config, mean, std).astype(runtime.dtype)
+        x_UD = quant.einsum("UCZYX,CZYXD->UD", pixels, weights.patch) + weights.patch_bias
+        return x_UD + learned_positions(weights.positions, taps_U4, tap_weights_U4, runtime)
+
+    return map_rows(embed, batch.patches, batch.taps.T, batch.tap_weights.T, tile=TILE)
 
 
 def normalise(
@@ -110,15 +116,16 @@ def normalise(
     return (pixels.astype(jnp.float32) * np.float32(1 / 255) - centre) / width
 
 
-def learned_positions(table: jax.Array, batch: VisionBatch, runtime: Runtime) -> jax.Array:
+def learned_positions(
+    table: jax.Array, taps_U4: jax.Array, weights_U4: jax.Array, runtime: Runtime
+) -> jax.Array:
     """Bilinear mixture [U, D] of four learned positions per patch, in float32, rounded once.
 
     Source: transformers vision_utils.get_vision_interpolation_indices_and_weights.
     """
-    taps_4UD = table[batch.taps].astype(jnp.float32)
-    return jnp.einsum("nUD,nU->UD", taps_4UD, batch.tap_weights, precision="highest").astype(
-        runtime.dtype
-    )
+    rows_U4D = table[taps_U4].astype(jnp.float32)
+    mixed_UD = jnp.einsum("UnD,Un->UD", rows_U4D, weights_U4, precision="highest")
+    return mixed_UD.astype(runtime.dtype)
 
 
 def angles(coordinates: jax.Array, config: VisionConfig) -> tuple[jax.Array, jax.Array]:
@@ -150,16 +157,23 @@ def vision_block(
 
     Source: transformers Qwen3VLMoeVisionBlock.
     """
-    normed = layer_norm(x_UD, weights.norm1, weights.norm1_bias, NORM_EPS)
-    qkv = quant.einsum("UD,DQNH->UQNH", normed, weights.qkv) + weights.qkv_bias
-    query, key, value = (qkv[:, i] for i in range(3))
-    query, key = apply_rope(query, *rotary), apply_rope(key, *rotary)
-    seen = _attend(query, key, value, segment_starts, config, runtime)
-    x_UD = x_UD + quant.einsum("UNH,NHD->UD", seen, weights.o) + weights.o_bias
-    normed = layer_norm(x_UD, weights.norm2, weights.norm2_bias, NORM_EPS)
-    hidden = quant.einsum("UD,DI->UI", normed, weights.fc1) + weights.fc1_bias
-    hidden = jax.nn.gelu(hidden, approximate=True)
-    return x_UD + quant.einsum("UI,ID->UD", hidden, weights.fc2) + weights.fc2_bias
+
+    def project(x_UD, cos, sin):
+        normed = layer_norm(x_UD, weights.norm1, weights.norm1_bias, NORM_EPS)
+        qkv = quant.einsum("UD,DQNH->UQNH", normed, weights.qkv) + weights.qkv_bias
+        query, key, value = (qkv[:, i] for i in range(3))
+        return apply_rope(query, cos, sin), apply_rope(key, cos, sin), value
+
+    def finish(x_UD, seen_UNH):
+        x_UD = x_UD + quant.einsum("UNH,NHD->UD", seen_UNH, weights.o) + weights.o_bias
+        normed = layer_norm(x_UD, weights.norm2, weights.norm2_bias, NORM_EPS)
+        hidden = quant.einsum("UD,DI->UI", normed, weights.fc1) + weights.fc1_bias
+        hidden = jax.nn.gelu(hidden, approximate=True)
+        return x_UD + quant.einsum("UI,ID->UD", hidden, weights.fc2) + weights.fc2_bias
+
+    query, key, value = map_rows(project, x_UD, *rotary, tile=TILE)
+    seen_UNH = _attend(query, key, value, segment_starts, config, runtime)
+    return map_rows(finish, x_UD, seen_UNH, tile=TILE)
 
 
 def _attend(query, key, value, segment_starts, config: VisionConfig, runtime: Runtime):
@@ -180,7 +194,19 @@ def _attend(query, key, value, segment_starts, config: VisionConfig, runtime: Ru
     return sharding_lib.per_shard(local, mesh, in_specs, heads)(query, key, value, segment_starts)
 
 
-def _merge(x_UD: jax.Array, config: VisionConfig) -> jax.Array:
+def _merge(weights: Merger, x_UD: jax.Array, *, config: VisionConfig) -> jax.Array:
+    """A DeepStack merger: [U, D] -> [U / 4, O], its norm over whole merge blocks."""
+    merged_UM = _blocks(x_UD, config)
+    return _project(weights, layer_norm(merged_UM, weights.norm, weights.norm_bias, NORM_EPS))
+
+
+def _merge_last(weights: Merger, x_UD: jax.Array, *, config: VisionConfig) -> jax.Array:
+    """The merger behind the last block: [U, D] -> [U / 4, O], its norm over single patches."""
+    normed = layer_norm(x_UD, weights.norm, weights.norm_bias, NORM_EPS)
+    return _project(weights, _blocks(normed, config))
+
+
+def _blocks(x_UD: jax.Array, config: VisionConfig) -> jax.Array:
     """[U, D] -> [U / 4, 4 D]: the patches of a merge block are neighbours already."""
     return x_UD.reshape(-1, config.sizes["M"])
 

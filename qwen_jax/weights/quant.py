@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from pallas_kernels.precision import exact
+
 FORMATS = {"fp8": (jnp.float8_e4m3fn, 448.0), "int8": (jnp.int8, 127.0)}
 
 
@@ -143,5 +145,5 @@ def einsum(spec: str, x: jax.Array, w: Weight, out_dtype=None) -> jax.Array:
 
 def _product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     # TPUs and GPUs multiply float32 in fewer bits by default; who asks for float32 wants it exact.
-    precision = "highest" if x.dtype == jnp.float32 else None
+    precision = exact(x)
     return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=jnp.float32)

@@ -11,7 +11,7 @@ from tiny.checkpoint import EOS, SEED, digest, prompt, write
 from tiny.safetensors import save_safetensors
 from tiny.text import TOKENIZER_VOCAB, write_text_model, write_tokenizer
 from tiny.variants import VARIANTS
-from tiny.vision import VISION_VARIANTS, write_vision_model
+from tiny.vision import VISION_FP8_VARIANTS, VISION_VARIANTS, write_vision_model
 from tiny.weights import dequantise, quantise, shapes, tensors
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "SEED",
     "TOKENIZER_VOCAB",
     "VARIANTS",
+    "VISION_FP8_VARIANTS",
     "VISION_VARIANTS",
     "dequantise",
     "digest",

@@ -9,14 +9,16 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from tiny.checkpoint import SEED, _save_json
 from tiny.safetensors import save_safetensors
 from tiny.text import TOKENIZER_VOCAB, write_tokenizer
-from tiny.weights import Tensors, stack_experts, tensors, unit
+from tiny.weights import Tensors, dequantise, quantise, stack_experts, tensors, unit
 
 VISION_VARIANTS = ("vl_moe", "vl_moe_by_transformers_5", "vl_dense")
+VISION_FP8_VARIANTS = ("vl_moe_fp8", "vl_moe_fp8_by_expert")
 
 _VISION = {
     "deepstack_visual_indexes": [0, 1, 2],
@@ -105,7 +107,12 @@ def vision_config(variant: str) -> dict[str, Any]:
     kind = "qwen3_vl" if dense else "qwen3_vl_moe"
     text = {**_TEXT, **({} if dense else _EXPERTS), "model_type": f"{kind}_text"}
     name = "Qwen3VL" if dense else "Qwen3VLMoe"
+    more = {}
+    if variant in VISION_FP8_VARIANTS:
+        text["moe_intermediate_size"] = 128  # a block of fused scales is of gate or of up alone
+        more["quantization_config"] = _fp8(text["num_hidden_layers"])
     return {
+        **more,
         "architectures": [f"{name}ForConditionalGeneration"],
         "model_type": kind,
         "text_config": text,
@@ -115,14 +122,33 @@ def vision_config(variant: str) -> dict[str, Any]:
     }
 
 
+def _fp8(layers: int) -> dict[str, Any]:
+    tower = [name for name, _ in _vision_shapes(_VISION) if "linear" in name or ".attn." in name]
+    kept = [f"model.visual.{name.removesuffix('.weight')}" for name in tower if "weight" in name]
+    kept += [f"model.language_model.layers.{i}.mlp.gate" for i in range(layers)]
+    return {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "modules_to_not_convert": ["lm_head", *kept],
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    }
+
+
 def write_vision_model(
-    directory: str | pathlib.Path, variant: str, *, seed: int = SEED
+    directory: str | pathlib.Path,
+    variant: str,
+    *,
+    dequantised: bool = False,
+    seed: int = SEED,
 ) -> pathlib.Path:
     """Writes a whole checkpoint: weights, tokenizer, template, preprocessor files.
 
     Args:
         directory: made where missing.
-        variant: one of `VISION_VARIANTS`; the two with experts hold the same values.
+        variant: one of `VISION_VARIANTS`, of which the two with experts hold the same values, or
+            of `VISION_FP8_VARIANTS`, which do too.
+        dequantised: an FP8 variant as float32 of exactly the same values.
         seed: of the weights.
     """
     directory = pathlib.Path(directory)
@@ -138,19 +164,25 @@ def write_vision_model(
     config["text_config"]["dtype"] = "float32"
     eos = [tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
     config["text_config"]["eos_token_id"] = eos[0]
+    weights = _all_tensors(config, variant, dequantised, seed)
+    if dequantised:
+        del config["quantization_config"]
     _save_json(directory / "config.json", config)
     _save_json(directory / "generation_config.json", {"eos_token_id": eos, "do_sample": False})
-    save_safetensors(directory / "model.safetensors", _all_tensors(config, variant, seed))
+    save_safetensors(directory / "model.safetensors", weights)
     return directory
 
 
-def _all_tensors(config: dict[str, Any], variant: str, seed: int) -> Tensors:
+def _all_tensors(config: dict[str, Any], variant: str, dequantised: bool, seed: int) -> Tensors:
     tied = config["tie_word_embeddings"]
     kind = "qwen3" if tied else "qwen3_moe"
     flat = {**config["text_config"], "model_type": kind, "tie_word_embeddings": tied}
     text = tensors(flat, seed, dtype="float32")
-    if not tied:
-        text = stack_experts(text, by_hub=variant == "vl_moe")
+    if variant in VISION_FP8_VARIANTS:
+        text = quantise(text, config["quantization_config"], ml_dtypes.bfloat16)
+        text = dequantise(text) if dequantised else text
+    if not tied and variant != "vl_moe_fp8_by_expert":
+        text = stack_experts(text, by_hub=variant != "vl_moe_by_transformers_5")
     found = {
         name
         if name.startswith("lm_head")

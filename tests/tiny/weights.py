@@ -156,7 +156,7 @@ def _spread(scale: np.ndarray, shape: tuple[int, ...], block) -> np.ndarray:
 
 
 def stack_experts(weights: Tensors, *, by_hub: bool) -> Tensors:
-    """Experts of a layer in two tensors, as vision-language checkpoints have them.
+    """Experts of a layer in two tensors (FP8: and their scales in two more), as VL checkpoints do.
 
     by_hub: ``gate_up_proj`` [E, D, 2F] and ``down_proj`` [E, F, D], as published; else transposed,
     as transformers 5 saves them.
@@ -167,15 +167,18 @@ def stack_experts(weights: Tensors, *, by_hub: bool) -> Tensors:
         if not mark:
             found[name] = w
             continue
-        if after != "0.gate_proj.weight":
+        if not after.startswith("0.gate_proj.weight"):
             continue
-        count = sum(n.startswith(before + mark) for n in weights) // 3
-
-        def stacked(kind: str, at: str = before + mark, count: int = count) -> np.ndarray:
-            return np.stack([weights[f"{at}{e}.{kind}_proj.weight"] for e in range(count)])
-
-        gate_up = np.concatenate([stacked("gate"), stacked("up")], axis=1)
-        for kind, x in (("gate_up", gate_up), ("down", stacked("down"))):
+        suffix = after.removeprefix("0.gate_proj.weight")
+        at, tail = before + mark, f".gate_proj.weight{suffix}"
+        count = sum(n.startswith(at) and n.endswith(tail) for n in weights)
+        gate, up, down = (
+            np.stack(
+                [weights[f"{before}{mark}{e}.{kind}_proj.weight{suffix}"] for e in range(count)]
+            )
+            for kind in ("gate", "up", "down")
+        )
+        for kind, x in (("gate_up", np.concatenate([gate, up], axis=1)), ("down", down)):
             whole = np.ascontiguousarray(x.swapaxes(1, 2)) if by_hub else x
-            found[f"{before}{mark}{kind}_proj"] = whole
+            found[f"{at}{kind}_proj{suffix}"] = whole
     return found
