@@ -9,8 +9,10 @@ pytest.importorskip("transformers", reason="needs the extra 'parity'", exc_type=
 import hf_vision
 import tiny
 import vision_model
+import vision_samples as samples
 
 from qwen_jax.requests import SamplingParams
+from qwen_jax.runtime import Buckets
 
 pytestmark = pytest.mark.parity
 
@@ -46,6 +48,25 @@ def test_logits_and_greedy_tokens_equal_transformers(variant, errors):
         (result,) = llm.generate(given, GREEDY, use_tqdm=False)
         wanted = hf_vision.greedy(model, inputs, NEW_TOKENS)
         assert result.outputs[0].token_ids == wanted.tolist(), case
+
+
+def test_a_large_image_equals_transformers():
+    llm = vision_model.open_llm(
+        "vl_moe",
+        max_model_len=1024,
+        mm_processor_kwargs={"max_pixels": 2**20},
+        buckets=Buckets(tokens=(1024,), rows=(4,), patches=(4096,), segments=(2,)),
+    )
+    picture = samples.noise(768, 1024, 3, seed=0)
+    given = llm._inputs.prompt(
+        {"prompt": f"{vision_model.IMAGE}look", "multi_modal_data": {"image": [picture]}}
+    )
+    assert len(given.token_ids) > 768
+    model = hf_vision.load(vision_model.directory("vl_moe"))
+    theirs = hf_vision.logits(model, hf_vision.inputs(given, llm.config))
+    error = np.abs(vision_model.logits(llm, given) - theirs).max()
+    print(f"\nlarge image: {error:.1e}")
+    assert error < LOGITS
 
 
 def test_both_layouts_of_experts_hold_the_same_model():

@@ -48,9 +48,9 @@ _KEPT: list[tempfile.TemporaryDirectory] = []  # until the run ends
 
 
 @contextlib.contextmanager
-def few_shapes() -> Iterator[None]:
-    """Whatever makes a `Runtime` meanwhile gets `BUCKETS`."""
-    with mock.patch.object(Runtime, "make", functools.partial(Runtime.make, buckets=BUCKETS)):
+def few_shapes(buckets: Buckets = BUCKETS) -> Iterator[None]:
+    """Whatever makes a `Runtime` meanwhile gets ``buckets``."""
+    with mock.patch.object(Runtime, "make", functools.partial(Runtime.make, buckets=buckets)):
         yield
 
 
@@ -62,10 +62,12 @@ def directory(variant: str, *, dequantised: bool = False) -> pathlib.Path:
     return tiny.write_vision_model(kept.name, variant, dequantised=dequantised)
 
 
-def open_llm(variant: str, *, dequantised: bool = False, **options: Any) -> LLM:
+def open_llm(
+    variant: str, *, dequantised: bool = False, buckets: Buckets = BUCKETS, **options: Any
+) -> LLM:
     """An LLM of its own, on one device unless told."""
     path = directory(variant, dequantised=dequantised)
-    with few_shapes():
+    with few_shapes(buckets):
         return LLM(str(path), **{"mesh": "tensor=1", **OPTIONS, **options})
 
 
@@ -103,7 +105,8 @@ def prompt(llm: LLM, case: str) -> Prompt:
 
 def logits(llm: LLM, given: Prompt, *, deepstack: bool = True) -> np.ndarray:
     """float32 [T, V] of every position of a prompt."""
-    size, vision = 64, given.vision
+    vision = given.vision
+    size = llm.runtime.buckets.pick("tokens", len(given.token_ids))
     features = vision and llm._offline._batch._features.of(vision.pictures)
     window = (0, len(given.token_ids))
     visual = visual_rows([vision], [features], [window], size)
