@@ -20,6 +20,7 @@ COMMANDS = {
     "fill": "fill in the middle of code",
     "convert": "Hugging Face safetensors -> an orbax checkpoint",
     "info": "what a checkpoint is: parameters, bytes, context, tokenizer",
+    "plan": "does it fit on a machine that is not here, and what limits it there",
     "bench": "tokens per second, beside what the machine's memory allows",
 }
 

@@ -5,6 +5,7 @@ one letter per axis of an array of ours ("E D P F"); a *layout* string describes
 somebody else's, whose axes may fuse several letters ("(N H) D": one axis of size N*H, then D).
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -44,6 +45,7 @@ Sizes = Mapping[str, int]
 _AXIS = re.compile(r"\(([^()]*)\)|(\S+)")
 
 
+@functools.lru_cache
 def parse(dims: str) -> tuple[str, ...]:
     """Splits a dims string into its letters: ``"E D P F"`` -> ``("E", "D", "P", "F")``.
 
@@ -59,6 +61,7 @@ def parse(dims: str) -> tuple[str, ...]:
     return letters
 
 
+@functools.lru_cache
 def groups(layout: str) -> tuple[tuple[str, ...], ...]:
     """Splits a layout string into axes: ``"(N H) D"`` -> ``(("N", "H"), ("D",))``.
 

@@ -5,6 +5,7 @@ is read once, each key and value once, and nothing else moves.
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -77,12 +78,8 @@ def _work(
 ) -> Work:
     """``pairs``: how many (query, key) pairs attention has, over all rows."""
     text, mesh = config.text, runtime.mesh
-    used = distinct_experts(config, tokens) / max(text.num_experts, 1)
-    moved = 0.0
-    for row, array, place in _used_weights(config, runtime):
-        share = used if "E" in dims_lib.parse(row.dims) else 1.0
-        for x, where in zip(jax.tree.leaves(array), jax.tree.leaves(place), strict=True):
-            moved += share * math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize
+    experts, others = _weight_bytes(config, runtime)
+    moved = experts * _share_of_experts(config, tokens) + others
     kv_token = page_bytes(text, runtime) / runtime.page_size
     moved += kv_tokens * kv_token / _ways(runtime, "K")
     # A token multiplies each weight it uses once; the head sees only the rows' last tokens.
@@ -90,6 +87,29 @@ def _work(
     products = tokens * (derive.count_active(config) - head) + rows * head
     products += 2 * pairs * text.num_hidden_layers * text.num_attention_heads * text.head_dim
     return Work(moved, 2 * products / mesh.size)
+
+
+def expert_bytes(config: ModelConfig, runtime: Runtime, tokens: int) -> float:
+    """Bytes of expert weights that the average device reads for ``tokens`` tokens."""
+    return _weight_bytes(config, runtime)[0] * _share_of_experts(config, tokens)
+
+
+def _share_of_experts(config: ModelConfig, tokens: int) -> float:
+    return distinct_experts(config, tokens) / max(config.text.num_experts, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _weight_bytes(config: ModelConfig, runtime: Runtime) -> tuple[int, int]:
+    """Bytes on each device that text needs: of experts, and of all else."""
+    experts = others = 0
+    for row, array, place in _used_weights(config, runtime):
+        for x, where in zip(jax.tree.leaves(array), jax.tree.leaves(place), strict=True):
+            size = math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize
+            if "E" in dims_lib.parse(row.dims):
+                experts += size
+            else:
+                others += size
+    return experts, others
 
 
 def _used_weights(config: ModelConfig, runtime: Runtime):

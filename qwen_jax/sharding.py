@@ -92,7 +92,7 @@ def make_mesh(spec: "str | Mapping[str, int] | Mesh" = "auto", devices=None) -> 
     if spec == "auto":
         spec = {"expert": len(devices)}
     if isinstance(spec, str):
-        spec = _parse_mesh(spec)
+        spec = parse_mesh(spec)
     for name, size in spec.items():
         if name not in AXES or not isinstance(size, int) or size < 1:
             raise ValueError(
@@ -109,7 +109,12 @@ def make_mesh(spec: "str | Mapping[str, int] | Mesh" = "auto", devices=None) -> 
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _parse_mesh(text: str) -> dict[str, int]:
+def parse_mesh(text: str) -> dict[str, int]:
+    """Reads ``"expert=4,tensor=2"``.
+
+    Raises:
+        ValueError: a part is not AXIS=SIZE, or an axis stands twice.
+    """
     sizes: dict[str, int] = {}
     for part in text.split(","):
         found = _AXIS_SIZE.fullmatch(part)

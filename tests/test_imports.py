@@ -115,6 +115,14 @@ qwen_jax.engine.sequence
 qwen_jax.engine.static_batch
 qwen_jax.engine.offline
 
+qwen_jax.planner
+qwen_jax.planner.chips
+qwen_jax.planner.collectives
+qwen_jax.planner.compiled
+qwen_jax.planner.plan
+qwen_jax.planner.check
+qwen_jax.planner.search
+
 qwen_jax.llm
 qwen_jax
 
@@ -130,6 +138,8 @@ qwen_jax.commands.fill
 qwen_jax.commands.convert
 qwen_jax.commands.info_text
 qwen_jax.commands.info
+qwen_jax.commands.plan_text
+qwen_jax.commands.plan
 qwen_jax.commands.bench
 qwen_jax.commands.parser
 qwen_jax.cli

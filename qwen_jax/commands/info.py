@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     session.prepare(args)
     from qwen_jax.weights.checkpoint import read_config
 
-    location = _locate(args)
+    location = locate(args)
     config = read_config(location, wanted["config_overrides"])
     report = _report(args, location, config)
     if args.json:
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _locate(args: argparse.Namespace) -> "Location":
+def locate(args: argparse.Namespace) -> "Location":
     """Where the checkpoint is. The weights of a hub id are not downloaded for this."""
     from qwen_jax.weights.checkpoint import Location, resolve
     from qwen_jax.weights.location import SIDE_FILES

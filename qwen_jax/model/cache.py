@@ -10,6 +10,7 @@ differ only in how many new tokens a row brings.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,23 +56,29 @@ def page_bytes(config: TextConfig, runtime: Runtime) -> int:
     return config.num_hidden_layers * entries * per_entry
 
 
-def make_cache(config: TextConfig, runtime: Runtime, num_pages: int) -> KVCache:
-    """An empty cache of ``num_pages`` pages, its heads split over the mesh by the rule of K."""
+def abstract_cache(config: TextConfig, runtime: Runtime, num_pages: int) -> KVCache:
+    """Shapes, dtypes and shardings of `make_cache`; allocates nothing."""
     heads = 2 * stored_kv_heads(config, runtime)
     dtype = jnp.dtype(KV_DTYPES[runtime.kv_dtype])
-    place = jax.sharding.NamedSharding(
-        runtime.mesh, sharding_lib.spec(". . K .", runtime.mesh, runtime.rules)
-    )
-    scale_place = jax.sharding.NamedSharding(
-        runtime.mesh, sharding_lib.spec(". . K", runtime.mesh, runtime.rules)
-    )
+
+    def one(dims: str, shape: tuple[int, ...], dtype) -> Any:
+        spec = sharding_lib.spec(dims, runtime.mesh, runtime.rules)
+        place = jax.sharding.NamedSharding(runtime.mesh, spec)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
     shape = (num_pages, runtime.page_size, heads, config.head_dim)
-    layers = range(config.num_hidden_layers)
-    pages = tuple(jnp.zeros(shape, dtype, device=place) for _ in layers)
-    if dtype.itemsize > 1:
-        return KVCache(pages, (None,) * len(pages))
-    scales = tuple(jnp.zeros(shape[:3], jnp.float32, device=scale_place) for _ in layers)
-    return KVCache(pages, scales)
+    pages = one(". . K .", shape, dtype)
+    scales = one(". . K", shape[:3], jnp.float32) if dtype.itemsize == 1 else None
+    layers = config.num_hidden_layers
+    return KVCache((pages,) * layers, (scales,) * layers)
+
+
+def make_cache(config: TextConfig, runtime: Runtime, num_pages: int) -> KVCache:
+    """An empty cache of ``num_pages`` pages, its heads split over the mesh by the rule of K."""
+    return jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding),
+        abstract_cache(config, runtime, num_pages),
+    )
 
 
 def grow_cache(cache: KVCache, num_pages: int) -> KVCache:

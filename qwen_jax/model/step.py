@@ -87,6 +87,8 @@ def unembed(params: Weights, x_TD: jax.Array, config: ModelConfig, runtime: Runt
         logits = quant.einsum("TD,VD->TV", normed, params.embed, jnp.float32)
     else:
         logits = quant.einsum("TD,DV->TV", normed, params.head, jnp.float32)
+    # First where the head lies, then whole: told only the latter, XLA gathers the head instead.
+    logits = sharding_lib.constrain(logits, ". V", runtime.mesh, runtime.rules)
     return sharding_lib.constrain(logits, ". .", runtime.mesh, runtime.rules)
 
 

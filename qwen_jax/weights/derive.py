@@ -5,7 +5,7 @@ function over the leaves of `params.table(config)`.
 """
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,7 @@ def blocks(row: Param, quant: QuantConfig) -> tuple[int, ...]:
     return tuple(per_letter[x] for x in letters)
 
 
+@lru_cache(maxsize=16)
 def abstract(config: ModelConfig, dtype="bfloat16") -> Weights:
     """Shapes and dtypes of a model's weights, as `jax.ShapeDtypeStruct`s; allocates nothing."""
 

@@ -12,6 +12,7 @@ To add a weight, add a row. Nothing else needs to hear of it but the function th
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -185,6 +186,7 @@ class Weights:
     vision: Vision | None = None
 
 
+@functools.lru_cache(maxsize=16)
 def table(config: ModelConfig) -> Weights:
     """The rows of one model: a `Weights` whose leaves are `Param`s with full names and sizes."""
     text, prefix = config.text, "model.language_model." if config.vision else "model."

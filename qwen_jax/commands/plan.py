@@ -1,0 +1,150 @@
+"""`qwen-jax plan`: does it fit on a machine that is not here, and how fast can it be at best?"""
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from qwen_jax.commands import options
+
+if TYPE_CHECKING:
+    from qwen_jax.planner.chips import Topology
+    from qwen_jax.planner.plan import Load, Plan
+    from qwen_jax.weights.config import ModelConfig
+
+EXAMPLE = "qwen-jax plan --model Qwen3-30B-A3B --topology v5e:2x4 --batch 8 --context 8192"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    for flag, about in (
+        ("topology", "chips and their shape, e.g. v6e:8x8, v5p:4x4x4, v7x:2x2x2, h200:8"),
+        ("devices", "the same"),
+    ):
+        parser.add_argument(f"--{flag}", dest="topology", metavar="KIND:SHAPE", help=about)
+    for flag, default, about in (
+        ("batch", 1, "rows that decode together"),
+        ("context", 4096, "tokens of each row"),
+        ("chunk", 2048, "tokens of a prefill step"),
+        ("page-size", 64, "tokens of a page"),
+    ):
+        parser.add_argument(
+            f"--{flag}", metavar="N", type=int, default=default, help=f"{about} (default {default})"
+        )
+    parser.add_argument(
+        "--mesh", default="auto", help='e.g. "expert=16,tensor=4" (default: the best one)'
+    )
+    parser.add_argument(
+        "--strategy", choices=options.STRATEGIES, default="auto", help="sharding rules"
+    )
+    parser.add_argument("--dtype", choices=options.DTYPES, default="bfloat16")
+    parser.add_argument("--kv-cache-dtype", choices=options.KV_DTYPES, default="auto")
+    parser.add_argument("--quantization", choices=options.QUANTIZATIONS, help="requantise on load")
+    parser.add_argument("--utilization", metavar="SHARE", type=float, default=0.95)
+    parser.add_argument(
+        "--fast", action="store_true", help="arithmetic only: do not compile for a TPU"
+    )
+    parser.add_argument("--search", action="store_true", help="all meshes and strategies, ranked")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    options.add_model(parser)
+    options.add_debug(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plans; 0 also where nothing fits: the plan says so."""
+    if not args.model:
+        raise ValueError("plan: a model is needed, for example --model Qwen3-30B-A3B")
+    if not args.topology:
+        raise ValueError("plan: a machine is needed, for example --topology v6e:4x4 or h200:8")
+    from qwen_jax.commands import output, plan_text
+    from qwen_jax.commands.info import locate
+    from qwen_jax.planner.chips import Topology
+    from qwen_jax.planner.plan import Load
+    from qwen_jax.planner.search import search
+    from qwen_jax.weights.checkpoint import read_config
+
+    topology = Topology.parse(args.topology)
+    config = read_config(locate(args), dict(args.config_override) or None)
+    load = Load(
+        batch=args.batch,
+        context=args.context,
+        chunk=args.chunk,
+        dtype=args.dtype,
+        kv_dtype=args.kv_cache_dtype,
+        quantization=args.quantization,
+        page_size=args.page_size,
+        utilization=args.utilization,
+    )
+    if args.search:
+        plans = search(config, topology, load)
+        if args.json:
+            output.write_json([report(plan) for plan in plans])
+        else:
+            output.write(plan_text.ranking([report(plan) for plan in plans]) + "\n")
+        return 0
+    plan = _chosen(args, config, topology, load)
+    if topology.chip.platform == "tpu" and not args.fast:
+        plan = _compiled(args, config, plan)
+    found = report(plan)
+    if not plan.fits:
+        from qwen_jax.planner.search import propose
+
+        better = propose(config, topology, load)
+        found["proposal"] = None if better is None else report(better)
+    if args.json:
+        output.write_json(found)
+    else:
+        output.write(plan_text.lines(args.model, found) + "\n")
+    return 0
+
+
+def _chosen(
+    args: argparse.Namespace, config: "ModelConfig", topology: "Topology", load: "Load"
+) -> "Plan":
+    from qwen_jax.planner.plan import make_plan
+    from qwen_jax.planner.search import search
+    from qwen_jax.sharding import parse_mesh
+
+    if args.mesh != "auto":
+        return make_plan(config, topology, load, mesh=parse_mesh(args.mesh), strategy=args.strategy)
+    plans = search(config, topology, load)
+    if args.strategy != "auto":
+        plans = [plan for plan in plans if plan.strategy == args.strategy]
+        if not plans:
+            raise ValueError(f"plan: strategy {args.strategy!r} divides on no mesh of {topology}")
+    return plans[0]
+
+
+def _compiled(args: argparse.Namespace, config: "ModelConfig", plan: "Plan") -> "Plan":
+    from qwen_jax.commands import session
+    from qwen_jax.planner.check import check
+
+    session.say(args, f"compiling a decode step and a prefill chunk for {plan.topology} …")
+    return check(config, plan)
+
+
+def report(plan: "Plan") -> dict[str, Any]:
+    """A plan as JSON."""
+    gb = {name: getattr(plan, name) for name in ("weights", "cache", "temporary", "peak", "limit")}
+    return {
+        "topology": str(plan.topology),
+        "devices": plan.topology.devices,
+        "mesh": dict(plan.mesh),
+        "strategy": plan.strategy,
+        "rules": str(plan.rules),
+        "load": dataclasses.asdict(plan.load),
+        "fits": plan.fits,
+        "bytes_per_device": gb,
+        "kv_tokens": plan.kv_tokens,
+        "collectives": [{**dataclasses.asdict(c), "sent": c.sent} for c in plan.collectives],
+        "expert_imbalance": plan.imbalance,
+        "bound": {
+            "decode_tokens_per_s": plan.decode_tokens_per_s,
+            "prefill_tokens_per_s": plan.prefill_tokens_per_s,
+            "limited_by": plan.decode.limited_by,
+            "prefill_limited_by": plan.prefill.limited_by,
+            "decode_seconds": dataclasses.asdict(plan.decode),
+            "prefill_seconds": dataclasses.asdict(plan.prefill),
+        },
+        "source": plan.source,
+        "proposal": None,
+    }

@@ -1,0 +1,1 @@
+"""Plans for machines that are not here: what fits, what moves, and what limits the speed."""

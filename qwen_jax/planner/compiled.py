@@ -1,0 +1,147 @@
+"""The same figures from the compiled program of a TPU topology; no TPU is needed, libtpu is.
+
+Knows how a step is lowered for devices that are not here, and how to read what the compiler made.
+"""
+
+import collections
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qwen_jax.model.cache import RaggedBatch, abstract_cache
+from qwen_jax.model.step import jit_step
+from qwen_jax.runtime import Runtime
+from qwen_jax.weights import derive
+from qwen_jax.weights.config import ModelConfig
+
+_BITS = re.compile(r"[a-z]+(\d+)")
+_SHAPE = re.compile(r"(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+_COLLECTIVE = re.compile(
+    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|"
+    r"collective-permute)(-start)?\("
+)
+_COPY = re.compile(r"= (\w+)\[([\d,]+)\]\S* copy(?:-start)?\(")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one step, per device.
+
+    Attributes:
+        arguments, temporary, peak: bytes; donated arguments count once.
+        donated: bytes of arguments that the results take over (the cache).
+        collectives: (op, bytes of its result) -> how often.
+        copies: bytes of each array of at least a megabyte that is copied.
+        seconds: of compiling.
+    """
+
+    arguments: int
+    temporary: int
+    peak: int
+    donated: int
+    collectives: dict[tuple[str, int], int]
+    copies: list[int]
+    seconds: float
+
+
+def topology_devices(name: str) -> list[Any]:
+    """The devices of a TPU topology, for example "v6e:4x4".
+
+    Raises:
+        ModuleNotFoundError: libtpu is missing.
+        ValueError: there is no such topology.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ModuleNotFoundError(
+            "programs for TPU are compiled by libtpu: install the extra 'tpu' (no TPU is needed), "
+            "or plan by arithmetic with --fast"
+        )
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"topology {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def compile_step(
+    config: ModelConfig, runtime: Runtime, *, tokens: int, rows: int, pages: int, table_width: int
+) -> Compiled:
+    """Compiles `step` for the devices of ``runtime``.
+
+    Args:
+        config, runtime: the model; the mesh may be of devices that are not here.
+        tokens, rows: of the batch; as many tokens as rows is a decode step.
+        pages: of the cache.
+        table_width: pages of a row's page table.
+    """
+    mesh = runtime.mesh
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def array(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
+
+    weights = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        derive.abstract(config, runtime.dtype),
+        derive.shardings(config, mesh, runtime.rules),
+    )
+    batch = RaggedBatch(
+        tokens=array(tokens),
+        positions=array(3, tokens),
+        row_starts=array(rows + 1),
+        kv_lens=array(rows),
+        page_table=array(rows, table_width),
+    )
+    begun = time.perf_counter()
+    with jax.default_device(mesh.devices.flat[0]):
+        lowered = jit_step.lower(
+            weights, config, runtime, batch, abstract_cache(config.text, runtime, pages)
+        )
+        program = lowered.compile()
+    seconds = time.perf_counter() - begun
+    memory, text = program.memory_analysis(), program.as_text()
+    assert memory is not None
+    assert text is not None
+    arguments, donated = memory.argument_size_in_bytes, memory.alias_size_in_bytes
+    temporary = memory.temp_size_in_bytes
+    return Compiled(
+        arguments=arguments,
+        temporary=temporary,
+        peak=arguments + memory.output_size_in_bytes - donated + temporary,
+        donated=donated,
+        collectives=collectives_of(text),
+        copies=copies_of(text),
+        seconds=seconds,
+    )
+
+
+def collectives_of(text: str) -> dict[tuple[str, int], int]:
+    """(op, bytes of its result on a device) -> how often, from a compiled program's text."""
+    found: collections.Counter = collections.Counter()
+    for result, op, started in _COLLECTIVE.findall(text):
+        shapes = [_bytes(*shape) for shape in _SHAPE.findall(result)]
+        # What is started has its operands beside its results.
+        size = max(shapes) if started else sum(shapes)
+        found[op, size] += 1
+    return dict(found)
+
+
+def copies_of(text: str, *, least: int = 1 << 20) -> list[int]:
+    """Bytes of the arrays of at least ``least`` bytes that a compiled program copies."""
+    sizes = [_bytes(*shape) for shape in _COPY.findall(text)]
+    return sorted((n for n in sizes if n >= least), reverse=True)
+
+
+def _bytes(dtype: str, shape: str) -> int:
+    bits = _BITS.match(dtype)
+    width = max(1, int(bits[1]) // 8) if bits else 1
+    return width * math.prod(int(n) for n in shape.split(",") if n)
