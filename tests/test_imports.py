@@ -16,6 +16,7 @@ pallas_kernels.narrow
 pallas_kernels.ragged_dot.xla
 pallas_kernels.ragged_dot
 pallas_kernels.ragged_dot.cases
+pallas_kernels.paged_attention.schedule
 pallas_kernels.paged_attention.xla
 pallas_kernels.paged_attention
 pallas_kernels.paged_attention.cases

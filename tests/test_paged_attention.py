@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.paged_attention import cases, paged_attention, xla
+from pallas_kernels.paged_attention import cases, paged_attention, schedule, xla
 
 PAGE = 4
 # Static shapes that most batches are padded to, so that few programs are compiled.
@@ -404,7 +404,7 @@ def test_memory_does_not_grow_with_the_page_table():
 
 def test_tiles_cover_each_chosen_token_once():
     start = jnp.asarray([0, 1, 1, 14, 15, 38], jnp.int32)
-    rows = xla._Rows(start, jnp.asarray([30, 5, 21, 1, 23]))
+    rows = schedule.Rows(start, jnp.asarray([30, 5, 21, 1, 23]))
     count, tiles = rows.tiles(rows.lengths > 1, 5, 20)
     got = [tuple(int(a[i]) for a in jax.tree.leaves(tiles)) for i in range(int(count))]
     chunk = [(2, 1 + 5 * i, min(5, 13 - 5 * i), 8 + 5 * i) for i in range(3)]

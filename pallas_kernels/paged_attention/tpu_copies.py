@@ -1,0 +1,158 @@
+"""The copies of a walk between HBM and the core: page table, keys and values, queries, results.
+
+Knows semaphores and what lies where; knows no arithmetic.
+
+No race: a position is fetched from its page only if it was cached before this call, and is written
+there only if it was not. New keys and values are read from the argument in which they arrive. So no
+byte of the cache is both read and written, and the writes are waited for once, at the end.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.paged_attention.tpu_walk import LINES, Refs, Shape, TileScalars, pieces
+
+
+def copy_line(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot):
+    """The copy of a tile's line ``at`` of the page table into ``slot``."""
+    line = tiles.row(tile) * shape.lines + at
+    return pltpu.make_async_copy(refs.table.at[line], refs.lines.at[slot], refs.line_sem.at[slot])
+
+
+def fetch(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot, line, ring) -> None:
+    """Starts every copy of an item, and the writes of those of its tile's tokens that lie in it.
+
+    Args:
+        tile, at: the item: the block ``at`` of a tile.
+        slot: the buffer for its keys and values.
+        line: the number of the page table's line that holds its pages.
+        ring: the buffer for the tile's queries.
+    """
+    page_size, base = shape.page_size, at * shape.block
+    per_block = shape.block // page_size
+    token, position = tiles.token(tile), tiles.position(tile)
+    cached, visible = tiles.cached(tile), tiles.visible(tile)
+    end = jnp.minimum(visible, base + shape.block)
+    sem = refs.kv_sem.at[slot]
+
+    def page(i):
+        entry = lax.rem(at * per_block + i, shape.line)
+        return refs.lines[lax.rem(line, LINES), entry // 128, lax.rem(entry, 128)]
+
+    def start(source, target, sem):
+        pltpu.make_async_copy(source, target, sem).start()
+
+    def from_page(i, offset, size):
+        source = refs.pages.at[page(i), pl.ds(offset, size)]
+        start(source, refs.kv.at[slot, pl.ds(i * page_size + offset, size)], sem)
+
+    old = jnp.clip(cached - base, 0, shape.block)
+
+    @pl.when(old == shape.block)
+    def _():
+        for i in range(per_block):
+            from_page(i, 0, page_size)
+
+    @pl.when(old < shape.block)
+    def _():
+        @pl.loop(0, pl.cdiv(old, page_size))
+        def _(i):
+            count = jnp.minimum(old - i * page_size, page_size)
+            pieces(count, page_size, lambda offset, size: from_page(i, offset, size))
+
+    def from_new(offset, size):
+        source = refs.new.at[pl.ds(token + base + old - position + offset, size)]
+        start(source, refs.kv.at[slot, pl.ds(old + offset, size)], sem)
+
+    def to_page(i, offset, size):
+        source = refs.new.at[pl.ds(token + base + i * page_size + offset - position, size)]
+        start(source, refs.pages.at[page(i), pl.ds(offset, size)], refs.write_sem.at[0])
+
+    if shape.height == 1:  # its one new token is the last position of its last block
+
+        @pl.when(visible <= base + shape.block)
+        def _():
+            from_new(0, 1)
+            to_page((position - base) // page_size, lax.rem(position, page_size), 1)
+
+    else:
+        pieces(jnp.maximum(end - base - old, 0), shape.block, from_new)
+        own = jnp.maximum(position, base)
+
+        @pl.loop((own - base) // page_size, jnp.where(own < end, pl.cdiv(end - base, page_size), 0))
+        def _(i):
+            low = jnp.maximum(own - base - i * page_size, 0)
+            count = jnp.minimum(end - base - i * page_size, page_size) - low
+            pieces(count, page_size, lambda offset, size: to_page(i, low + offset, size))
+
+    @pl.when(at == 0)
+    def _():
+        def q_piece(offset, size):
+            source = refs.q.at[pl.ds(token + offset, size)]
+            start(source, refs.q_ring.at[ring, pl.ds(offset, size)], refs.q_sem.at[ring])
+
+        pieces(tiles.tokens(tile), shape.height, q_piece)
+
+
+def wait_for_item(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot, ring) -> None:
+    """Waits for an item's keys and values and, at a tile's first item, for its queries."""
+    count = jnp.minimum(tiles.visible(tile) - at * shape.block, shape.block)
+
+    def kv(offset, size):
+        wait(refs.kv.at[slot, pl.ds(offset, size)], refs.kv_sem.at[slot])
+
+    def q(offset, size):
+        wait(refs.q_ring.at[ring, pl.ds(offset, size)], refs.q_sem.at[ring])
+
+    pieces(count, shape.block, kv)
+
+    @pl.when(at == 0)
+    def _():
+        pieces(tiles.tokens(tile), shape.height, q)
+
+
+def wait(ref, sem) -> None:
+    """Waits until copies of as many bytes as ``ref`` holds have signalled ``sem``."""
+    pltpu.make_async_copy(ref, ref, sem).wait()
+
+
+def start_output(shape: Shape, tiles: TileScalars, refs: Refs, tile, ring) -> None:
+    """Sends a finished tile's rows to HBM."""
+    token = tiles.token(tile)
+
+    def piece(offset, size):
+        pltpu.make_async_copy(
+            refs.out_ring.at[ring, pl.ds(offset, size)],
+            refs.out.at[pl.ds(token + offset, size)],
+            refs.out_sem.at[ring],
+        ).start()
+
+    pieces(tiles.tokens(tile), shape.height, piece)
+
+
+def wait_for_output(shape: Shape, tiles: TileScalars, refs: Refs, tile, ring) -> None:
+    """Waits until a tile's rows are in HBM, so that its buffer is free."""
+    pieces(
+        tiles.tokens(tile),
+        shape.height,
+        lambda offset, size: wait(
+            refs.out_ring.at[ring, pl.ds(offset, size)], refs.out_sem.at[ring]
+        ),
+    )
+
+
+def wait_for_writes(shape: Shape, refs: Refs, tokens) -> None:
+    """Waits until ``tokens`` positions have been written to their pages."""
+    sem = refs.write_sem.at[0]
+
+    @pl.loop(0, tokens // shape.page_size)
+    def _(i):
+        wait(refs.pages.at[0], sem)
+
+    pieces(
+        lax.rem(tokens, shape.page_size),
+        shape.page_size // 2,
+        lambda offset, size: wait(refs.pages.at[0, pl.ds(0, size)], sem),
+    )
