@@ -11,21 +11,24 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 _ORDER = """
+pallas_kernels.device
 pallas_kernels.registry
 pallas_kernels.narrow
+pallas_kernels.ragged_dot.facts
 pallas_kernels.ragged_dot.xla
 pallas_kernels.ragged_dot
 pallas_kernels.ragged_dot.cases
+pallas_kernels.paged_attention.facts
 pallas_kernels.paged_attention.xla
 pallas_kernels.paged_attention
 pallas_kernels.paged_attention.cases
+pallas_kernels.segment_attention.facts
 pallas_kernels.segment_attention.xla
 pallas_kernels.segment_attention
 pallas_kernels
 
 qwen_jax.dims
 qwen_jax.sharding
-qwen_jax.runtime
 
 qwen_jax.weights
 qwen_jax.weights.config
@@ -37,6 +40,8 @@ qwen_jax.weights.config_json
 qwen_jax.weights.params
 qwen_jax.weights.derive
 qwen_jax.weights.requantize
+qwen_jax.kernel_facts
+qwen_jax.runtime
 qwen_jax.weights.copying
 qwen_jax.weights.safetensors_header
 qwen_jax.weights.safetensors
