@@ -10,6 +10,7 @@ from flax import struct
 
 from pallas_kernels import registry
 from pallas_kernels.paged_attention import xla
+from pallas_kernels.paged_attention.facts import Facts as Facts
 
 registry.register(xla.IMPL)
 

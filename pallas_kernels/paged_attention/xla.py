@@ -26,6 +26,8 @@ from flax import struct
 from jax import lax
 
 from pallas_kernels import narrow, registry
+from pallas_kernels.device import Device
+from pallas_kernels.paged_attention.facts import Facts
 from pallas_kernels.paged_attention.schedule import Rows
 
 # Largest magnitude of each narrow cache dtype.
@@ -195,7 +197,7 @@ def _online(q, cache, tiles, sm_scale, height):
     return acc / jnp.where(total > 0, total, 1.0)[..., None]
 
 
-def supports(platform: str, **facts) -> str | None:
+def supports(device: Device, facts: Facts) -> str | None:
     """Runs every case on every platform."""
     return None
 

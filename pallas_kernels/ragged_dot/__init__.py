@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import registry
 from pallas_kernels.ragged_dot import xla
+from pallas_kernels.ragged_dot.facts import Facts as Facts
 
 registry.register(xla.IMPL)
 

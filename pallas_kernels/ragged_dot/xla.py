@@ -26,6 +26,8 @@ from flax import struct
 from jax import lax
 
 from pallas_kernels import narrow, registry
+from pallas_kernels.device import Device
+from pallas_kernels.ragged_dot.facts import Facts
 
 SKINNY_MEAN = 4
 HEIGHTS = (1, 2, 4)
@@ -211,7 +213,7 @@ def _wide(x_MD, experts, spans, out_dtype):
     return lax.fori_loop(0, count, expert, jnp.zeros((M, experts.w.shape[-1]), out_dtype))
 
 
-def supports(platform: str, **facts) -> str | None:
+def supports(device: Device, facts: Facts) -> str | None:
     """Runs every case on every platform."""
     return None
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import registry
 from pallas_kernels.segment_attention import xla
+from pallas_kernels.segment_attention.facts import Facts as Facts
 
 registry.register(xla.IMPL)
 

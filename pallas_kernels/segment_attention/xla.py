@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import registry
+from pallas_kernels.device import Device
+from pallas_kernels.segment_attention.facts import Facts
 
 TILE = 256
 BLOCK = 512
@@ -84,7 +86,7 @@ def _tile(q_tNH, low_t, high_t, k_UNH, v_UNH, sm_scale, block):
     return jnp.einsum("NtH->tNH", out).astype(q_tNH.dtype)
 
 
-def supports(platform: str, **facts) -> str | None:
+def supports(device: Device, facts: Facts) -> str | None:
     """Runs every case on every platform."""
     return None
 
