@@ -35,7 +35,7 @@ def fetch(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot, line, ri
     token, position = tiles.token(tile), tiles.position(tile)
     cached, visible = tiles.cached(tile), tiles.visible(tile)
     end = jnp.minimum(visible, base + shape.block)
-    sem = refs.kv_sem.at[slot]
+    sem, T = refs.kv_sem.at[slot], refs.new.shape[0]
 
     def page(i):
         entry = lax.rem(at * per_block + i, shape.line)
@@ -78,14 +78,18 @@ def fetch(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot, line, ri
             to_page((position - base) // page_size, lax.rem(position, page_size), 1)
 
     else:
-        pieces(jnp.maximum(end - base - old, 0), shape.block, from_new)
+        pieces(jnp.maximum(end - base - old, 0), min(shape.block, T), from_new)
         own = jnp.maximum(position, base)
 
         @pl.loop((own - base) // page_size, jnp.where(own < end, pl.cdiv(end - base, page_size), 0))
         def _(i):
             low = jnp.maximum(own - base - i * page_size, 0)
             count = jnp.minimum(end - base - i * page_size, page_size) - low
-            pieces(count, page_size, lambda offset, size: to_page(i, low + offset, size))
+            pieces(
+                count,
+                min(page_size, T),
+                lambda offset, size: to_page(i, low + offset, size),
+            )
 
     @pl.when(at == 0)
     def _():
@@ -93,7 +97,7 @@ def fetch(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot, line, ri
             source = refs.q.at[pl.ds(token + offset, size)]
             start(source, refs.q_ring.at[ring, pl.ds(offset, size)], refs.q_sem.at[ring])
 
-        pieces(tiles.tokens(tile), shape.height, q_piece)
+        pieces(tiles.tokens(tile), min(shape.height, T), q_piece)
 
 
 def wait_for_item(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot, ring) -> None:
@@ -110,7 +114,7 @@ def wait_for_item(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot, 
 
     @pl.when(at == 0)
     def _():
-        pieces(tiles.tokens(tile), shape.height, q)
+        pieces(tiles.tokens(tile), min(shape.height, refs.q.shape[0]), q)
 
 
 def wait(ref, sem) -> None:
@@ -129,14 +133,14 @@ def start_output(shape: Shape, tiles: TileScalars, refs: Refs, tile, ring) -> No
             refs.out_sem.at[ring],
         ).start()
 
-    pieces(tiles.tokens(tile), shape.height, piece)
+    pieces(tiles.tokens(tile), min(shape.height, refs.out.shape[0]), piece)
 
 
 def wait_for_output(shape: Shape, tiles: TileScalars, refs: Refs, tile, ring) -> None:
     """Waits until a tile's rows are in HBM, so that its buffer is free."""
     pieces(
         tiles.tokens(tile),
-        shape.height,
+        min(shape.height, refs.out.shape[0]),
         lambda offset, size: wait(
             refs.out_ring.at[ring, pl.ds(offset, size)], refs.out_sem.at[ring]
         ),

@@ -208,9 +208,9 @@ class TileScalars:
 def pieces(count, most: int, body) -> None:
     """Calls ``body(offset, size)`` for the static sizes, powers of two, that make up ``count``.
 
-    A copy's size is static on TPU. ``count`` is at most ``most``, a power of two.
+    A copy's size is static on TPU, and at most what it copies from. ``count`` is at most ``most``.
     """
-    size = most
+    size = 1 << (most.bit_length() - 1)
     while size:
 
         @pl.when((count & size) != 0)
