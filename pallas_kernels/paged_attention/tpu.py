@@ -90,7 +90,7 @@ def paged_attention(
     new = jnp.stack([k_TKH, v_TKH], axis=2).reshape(T, -1, H).astype(pages.dtype)
     q = jnp.pad(q_TNH, ((0, 0), (0, shapes[0].padded_heads - N), (0, 0)))
     out, pages = _call(
-        shapes, cores, info, interpret, packed, _lines(page_table, shapes[0]), q, new, pages
+        shapes, cores, info, interpret, packed, _lines(page_table, pages.shape[0], shapes[0]), q, new, pages
     )
     used = jnp.arange(T, dtype=jnp.int32) < row_starts[-1]
     return jnp.where(used[:, None, None], out[:, :N], 0), pages, scales
@@ -122,9 +122,10 @@ def _shapes(facts: Facts, T: int, table: tuple[int, int], sm_scale: float, plain
     return shapes
 
 
-def _lines(page_table, shape: Shape):
+def _lines(page_table, num_pages: int, shape: Shape):
     """The page table as [B * lines, line / 128, 128], so that a line is one copy."""
     B, W = page_table.shape
+    page_table = jnp.clip(page_table, 0, num_pages - 1)
     padded = jnp.pad(page_table, ((0, 0), (0, shape.lines * shape.line - W)))
     return padded.reshape(B * shape.lines, shape.line // 128, 128)
 
@@ -143,7 +144,10 @@ def _call(shapes, cores, info, interpret, packed, table, q, new, pages):
         ),
         input_output_aliases={len(packed) + 3: 1},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=limit
+            dimension_semantics=("parallel",),
+            vmem_limit_bytes=limit,
+            # Page numbers are clipped once; checking every copy costs more than starting it.
+            disable_bounds_checks=True,
         ),
         cost_estimate=_cost(q, new, pages),
         interpret=interpret,

@@ -26,18 +26,21 @@ def _dot(a, b, contract: tuple[int, int]):
     )
 
 
-def update(state, q, k, v, seen, sm_scale: float, k_scale, v_scale):
-    """Merges a block into the softmax of some query rows.
+def _update(shape: Shape, refs: Refs, state, q, slot, head: int, seen, count):
+    """Merges a kv head's block into the softmax of its query rows.
 
     Args:
         state: top [rows, 1], total [rows, 1] and acc [rows, H], float32.
-        q: [rows, H]; k, v: [block, H], zero where nothing may be read from v.
-        seen: bool, broadcasts against [.., block] scores; rows are its leading axes, flattened.
-        k_scale, v_scale: None, or float32 [1, block].
+        q: [rows, H].
+        slot: the block's buffer.
+        seen: bool [height, block]; there are ``group`` times as many query rows.
+        count: positions of the block that hold anything.
     """
     top, total, acc = state
+    k_scale, v_scale = _scales(refs, slot, head, count)
+    keys = _read(shape, refs, slot, 2 * head)
     # In powers of two, which is what the hardware computes.
-    scores = _dot(q, k, (1, 1)) * (sm_scale * math.log2(math.e))
+    scores = _dot(q, keys, (1, 1)) * (shape.sm_scale * math.log2(math.e))
     if k_scale is not None:
         scores = scores * k_scale
     rows, block = scores.shape
@@ -48,20 +51,25 @@ def update(state, q, k, v, seen, sm_scale: float, k_scale, v_scale):
     total = total * decay + jnp.sum(weights, axis=1, keepdims=True)
     if v_scale is not None:
         weights = weights * v_scale
-    return new, total, acc * decay + _dot(weights.astype(q.dtype), v, (1, 0))
+    values = _read(shape, refs, slot, 2 * head + 1)
+    return new, total, acc * decay + _dot(weights.astype(q.dtype), values, (1, 0))
 
 
-def keys_and_values(shape: Shape, refs: Refs, slot, count, dtype):
-    """Per kv head of a buffer: keys, values (0 from ``count`` on), and their scales or None."""
-    pack = tpu_packing.pack_of(refs.kv.dtype)
-    here = lax.broadcasted_iota(jnp.int32, (shape.block, 1), 0) < count
-    heads = []
-    for group in range(2 * shape.kv_heads // pack):
-        heads += tpu_packing.read(refs.kv.at[slot], group, plain=shape.plain)
-    for j in range(shape.kv_heads):
-        # What lies behind the context may be NaN, and 0 * NaN is no 0.
-        values = jnp.where(here, heads[2 * j + 1], 0.0)
-        yield heads[2 * j].astype(dtype), values.astype(dtype), *_scales(refs, slot, j, count)
+def _by_halves(shape: Shape, refs: Refs) -> bool:
+    return refs.kv.dtype == refs.q_ring.dtype == jnp.bfloat16 and not shape.plain
+
+
+def _read(shape: Shape, refs: Refs, slot, head: int):
+    if _by_halves(shape, refs):
+        return tpu_packing.read_halves(refs.kv.at[slot], head)
+    return tpu_packing.read(refs.kv.at[slot], head, plain=shape.plain).astype(refs.q_ring.dtype)
+
+
+def _positions(shape: Shape, refs: Refs):
+    """int32 [1, block], where in its block each row of `_read` lies."""
+    if _by_halves(shape, refs):
+        return tpu_packing.halves(shape.block)
+    return lax.broadcasted_iota(jnp.int32, (1, shape.block), 1)
 
 
 def _scales(refs: Refs, slot, head: int, count):
@@ -108,14 +116,12 @@ def attend_tokens(shape: Shape, refs: Refs, items) -> None:
     state = {j: _load(refs, j) for j in range(shape.kv_heads)}
     for i, (slot, ring, out_ring, first, count) in enumerate(items):
         refs.q_heads[i] = refs.q_ring[ring, 0].astype(jnp.float32)
-        seen = lax.broadcasted_iota(jnp.int32, (1, shape.block), 1) < count
-        kv = keys_and_values(shape, refs, slot, count, dtype)
-        for j, (k, v, k_scale, v_scale) in enumerate(kv):
+        seen = _positions(shape, refs) < count
+        for j in range(shape.kv_heads):
             own = pl.ds(j * G, G)
             q = refs.q_heads[i, own, :].astype(dtype)
-            state[j] = update(
-                _restart(state[j], first), q, k, v, seen, shape.sm_scale, k_scale, v_scale
-            )
+            before = _restart(state[j], first)
+            state[j] = _update(shape, refs, before, q, slot, j, seen, count)
             _, total, acc = state[j]
             refs.out_heads[i, own, :] = acc / jnp.where(total > 0, total, 1.0)
         refs.out_ring[out_ring, 0] = refs.out_heads[i].astype(dtype)
@@ -134,25 +140,21 @@ def attend_tile(shape: Shape, refs: Refs, slot, first, count, base, position) ->
         position: of the tile's first token.
     """
     h = shape.height
-    at = lax.broadcasted_iota(jnp.int32, (h, shape.block), 1)
-    token = lax.broadcasted_iota(jnp.int32, (h, shape.block), 0)
+    at = _positions(shape, refs)
+    token = lax.broadcasted_iota(jnp.int32, (h, 1), 0)
     seen = (at < count) & (base + at <= position + token)
-    kv = keys_and_values(shape, refs, slot, count, refs.q_ring.dtype)
-    for j, (k, v, k_scale, v_scale) in enumerate(kv):
-        state = _restart(_load(refs, j), first)
-        q = refs.q_heads[j]
-        _store(refs, j, update(state, q, k, v, seen, shape.sm_scale, k_scale, v_scale))
+    for j in range(shape.kv_heads):
+        before = _restart(_load(refs, j), first)
+        _store(refs, j, _update(shape, refs, before, refs.q_heads[j], slot, j, seen, count))
 
 
 def spread_queries(shape: Shape, refs: Refs, ring) -> None:
     """A tile's queries [height, N, H], one kv head after the other."""
     tile, h = refs.q_ring.at[ring], shape.height
-    pack = tpu_packing.pack_of(tile.dtype)
-    for group in range(shape.padded_heads // pack):
-        for i, head in enumerate(tpu_packing.read(tile, group, plain=shape.plain)):
-            j, g = divmod(group * pack + i, shape.group)
-            if j < shape.kv_heads:
-                refs.q_heads[j, pl.ds(g * h, h), :] = head.astype(tile.dtype)
+    for n in range(shape.heads):
+        j, g = divmod(n, shape.group)
+        head = tpu_packing.read(tile, n, plain=shape.plain)
+        refs.q_heads[j, pl.ds(g * h, h), :] = head.astype(tile.dtype)
 
 
 def gather_output(shape: Shape, refs: Refs, ring) -> None:

@@ -8,11 +8,10 @@ byte of the cache is both read and written, and the writes are waited for once, 
 """
 
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.paged_attention.tpu_walk import LINES, Refs, Shape, TileScalars, pieces
+from pallas_kernels.paged_attention.tpu_walk import LINES, Refs, Shape, TileScalars, pieces, split
 
 
 def copy_line(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot):
@@ -38,8 +37,8 @@ def fetch(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot, line, ri
     sem, T = refs.kv_sem.at[slot], refs.new.shape[0]
 
     def page(i):
-        entry = lax.rem(at * per_block + i, shape.line)
-        return refs.lines[lax.rem(line, LINES), entry // 128, lax.rem(entry, 128)]
+        entry = (at * per_block + i) & (shape.line - 1)
+        return refs.lines[line & (LINES - 1), *split(entry, 128)]
 
     def start(source, target, sem):
         pltpu.make_async_copy(source, target, sem).start()
@@ -57,7 +56,7 @@ def fetch(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot, line, ri
 
     @pl.when(old < shape.block)
     def _():
-        @pl.loop(0, pl.cdiv(old, page_size))
+        @pl.loop(0, split(old + page_size - 1, page_size)[0])
         def _(i):
             count = jnp.minimum(old - i * page_size, page_size)
             pieces(count, page_size, lambda offset, size: from_page(i, offset, size))
@@ -75,13 +74,15 @@ def fetch(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot, line, ri
         @pl.when(visible <= base + shape.block)
         def _():
             from_new(0, 1)
-            to_page((position - base) // page_size, lax.rem(position, page_size), 1)
+            to_page(*split(position - base, page_size), 1)
 
     else:
         pieces(jnp.maximum(end - base - old, 0), min(shape.block, T), from_new)
         own = jnp.maximum(position, base)
 
-        @pl.loop((own - base) // page_size, jnp.where(own < end, pl.cdiv(end - base, page_size), 0))
+        last = jnp.where(own < end, split(end - base + page_size - 1, page_size)[0], 0)
+
+        @pl.loop(split(own - base, page_size)[0], last)
         def _(i):
             low = jnp.maximum(own - base - i * page_size, 0)
             count = jnp.minimum(end - base - i * page_size, page_size) - low
@@ -91,6 +92,8 @@ def fetch(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot, line, ri
                 lambda offset, size: to_page(i, low + offset, size),
             )
 
+    _clear(refs.kv.at[slot], end - base)
+
     @pl.when(at == 0)
     def _():
         def q_piece(offset, size):
@@ -98,6 +101,21 @@ def fetch(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot, line, ri
             start(source, refs.q_ring.at[ring, pl.ds(offset, size)], refs.q_sem.at[ring])
 
         pieces(tiles.tokens(tile), min(shape.height, T), q_piece)
+
+
+def _clear(kv, count) -> None:
+    """Zeroes a block behind its positions: it may hold NaN, and a weight of 0 times NaN is no 0."""
+    size = min(16, kv.shape[0])
+    whole, rest = split(kv.shape[0] - count, size)
+
+    def zero(start, size):
+        kv[pl.ds(start, size)] = jnp.zeros((size, *kv.shape[1:]), kv.dtype)
+
+    @pl.loop(0, whole)
+    def _(i):
+        zero(kv.shape[0] - (i + 1) * size, size)
+
+    pieces(rest, size // 2, lambda offset, size: zero(count + offset, size))
 
 
 def wait_for_item(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot, ring) -> None:
@@ -151,12 +169,14 @@ def wait_for_writes(shape: Shape, refs: Refs, tokens) -> None:
     """Waits until ``tokens`` positions have been written to their pages."""
     sem = refs.write_sem.at[0]
 
-    @pl.loop(0, tokens // shape.page_size)
+    whole, rest = split(tokens, shape.page_size)
+
+    @pl.loop(0, whole)
     def _(i):
         wait(refs.pages.at[0], sem)
 
     pieces(
-        lax.rem(tokens, shape.page_size),
+        rest,
         shape.page_size // 2,
         lambda offset, size: wait(refs.pages.at[0, pl.ds(0, size)], sem),
     )

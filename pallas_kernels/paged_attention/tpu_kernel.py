@@ -32,15 +32,16 @@ def walk(shape: Shape, tiles: TileScalars, refs: Refs, core) -> None:
 
     def body(carry):
         step, now, line, ahead = carry
-        line, ahead = _fetch_step(*bounds, line, ahead, lax.rem(step + STEPS - 1, STEPS))
-        now = _attend_step(*bounds, now, lax.rem(step, STEPS))
-        return step + 1, now, line, ahead
+        # The step before this one is free.
+        line, ahead = _fetch_step(*bounds, line, ahead, jnp.where(step > 0, step, STEPS) - 1)
+        now = _attend_step(*bounds, now, step)
+        return jnp.where(step + 1 < STEPS, step + 1, 0), now, line, ahead
 
     lax.while_loop(lambda carry: carry[1][0] < end, body, (none, (first, none), line, ahead))
 
     @pl.loop(jnp.maximum(first, end - shape.rings), end)
     def _(tile):
-        tpu_copies.wait_for_output(shape, tiles, refs, tile, lax.rem(tile - first, shape.rings))
+        tpu_copies.wait_for_output(shape, tiles, refs, tile, (tile - first) & (shape.rings - 1))
 
     written = tiles.tokens_before(core + 1) - tiles.tokens_before(core)
     tpu_copies.wait_for_writes(shape, refs, written)
@@ -52,7 +53,7 @@ def _start_line(shape, tiles, refs, first, end, line):
 
     @pl.when(tile < end)
     def _():
-        tpu_copies.copy_line(shape, tiles, refs, tile, at, lax.rem(number, LINES)).start()
+        tpu_copies.copy_line(shape, tiles, refs, tile, at, number & (LINES - 1)).start()
 
     return *tiles.advance(tile, at, shape.line * shape.page_size), number + 1
 
@@ -61,12 +62,12 @@ def _fetch_step(shape, tiles, refs, first, end, line, ahead, step):
     """Starts the copies of a step's items; ``ahead`` is tile, block, and number of the line."""
     for i in range(shape.items):
         tile, at, number = ahead
-        new_line = (lax.rem(at, shape.line * shape.page_size // shape.block) == 0) & (tile < end)
+        new_line = (at & (shape.line * shape.page_size // shape.block - 1) == 0) & (tile < end)
         number = number + new_line.astype(jnp.int32)
 
         @pl.when(new_line)
         def _(tile=tile, number=number):
-            slot = lax.rem(number, LINES)
+            slot = number & (LINES - 1)
             tpu_copies.wait(refs.lines.at[slot], refs.line_sem.at[slot])
 
         # The line before this one is free from here on.
@@ -79,7 +80,7 @@ def _fetch_step(shape, tiles, refs, first, end, line, ahead, step):
 
         @pl.when(tile < end)
         def _(tile=tile, at=at, number=number, slot=step * shape.items + i):
-            ring = lax.rem(tile - first, shape.rings)
+            ring = (tile - first) & (shape.rings - 1)
             tpu_copies.fetch(shape, tiles, refs, tile, at, slot, number, ring)
 
         ahead = (*tiles.advance(tile, at, shape.block), number)
@@ -90,7 +91,7 @@ def _attend_step(shape, tiles, refs, first, end, now, step):
     """Attends the items of a step; ``now`` is the first one's tile and block."""
     items = []
     for i in range(shape.items):
-        items.append((*now, step * shape.items + i, lax.rem(now[0] - first, shape.rings)))
+        items.append((*now, step * shape.items + i, (now[0] - first) & (shape.rings - 1)))
         now = tiles.advance(*now, shape.block)
     for tile, at, slot, ring in items:
 

@@ -44,24 +44,53 @@ def _words(ref, pack: int):
     return flat if pack == 1 else flat.bitcast(jnp.uint32)
 
 
-def read(ref, group: int, *, plain: bool) -> list[jax.Array]:
-    """The ``pack`` heads of one group, each float32 [S, H] (float8 and int8 converted exactly)."""
+def read(ref, head: int, *, plain: bool) -> jax.Array:
+    """One head, float32 [S, H]; float8 and int8 numbers are converted exactly."""
     S, C, _ = ref.shape
-    pack = pack_of(ref.dtype)
     if plain:
-        return [ref[:, group * pack + i, :].astype(jnp.float32) for i in range(pack)]
+        return ref[:, head, :].astype(jnp.float32)
+    pack = pack_of(ref.dtype)
+    group, i = divmod(head, pack)
     words = _words(ref, pack)[pl.ds(group, S, stride=C // pack), :]
-    if pack == 1:
-        return [words]
-    if pack == 2:
-        halves = words << 16, words & jnp.uint32(0xFFFF0000)
-        return [pltpu.bitcast(half, jnp.float32) for half in halves]
-    decode = _int8 if ref.dtype == jnp.int8 else _float8
-    return [decode(words, i) for i in range(pack)]
+    return _decode(words, i, ref.dtype)
+
+
+def read_halves(ref, head: int) -> jax.Array:
+    """One bfloat16 head [S, H], its rows in the order of `halves`: two operations per register.
+
+    Two rows of a bfloat16 array share a word, the even one low. So the words of the first half of
+    the rows and those of the second give a head without ever being float32.
+    """
+    S, C, _ = ref.shape
+    words = _words(ref, 2)
+    group, high = divmod(head, 2)
+    first, second = (
+        words[pl.ds(group + start * C // 2, S // 2, stride=C // 2), :] for start in (0, S // 2)
+    )
+    if high:
+        pairs = (first >> 16) | (second & jnp.uint32(0xFFFF0000))
+    else:
+        pairs = (first & jnp.uint32(0xFFFF)) | (second << 16)
+    return pltpu.bitcast(pairs, ref.dtype)
+
+
+def halves(S: int) -> jax.Array:
+    """int32 [1, S], which row stands where in `read_halves`: 0, S/2, 1, S/2 + 1 …"""
+    at = lax.broadcasted_iota(jnp.int32, (1, S), 1)
+    return (at >> 1) + (at & 1) * (S // 2)
+
+
+def _decode(words, i: int, dtype):
+    """The i-th number of each word, float32."""
+    if dtype.itemsize == 4:
+        return words
+    if dtype.itemsize == 2:
+        return pltpu.bitcast(words & jnp.uint32(0xFFFF0000) if i else words << 16, jnp.float32)
+    return (_int8 if dtype == jnp.int8 else _float8)(words, i)
 
 
 def write(ref, group: int, heads: list[jax.Array], *, plain: bool) -> None:
-    """Stores one group of heads, each float32 [S, H]; the inverse of `read`, for 16 and 32 bits."""
+    """Stores the heads of one group, each float32 [S, H]; 16 and 32 bits only."""
     S, C, _ = ref.shape
     pack = pack_of(ref.dtype)
     if plain:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -57,8 +58,8 @@ class Shape:
 
     @property
     def rings(self) -> int:
-        """Tiles that can be in flight at once."""
-        return STEPS * self.items + 1
+        """Buffers for tiles: a power of two, more than can be in flight at once."""
+        return pl.next_power_of_2(STEPS * self.items + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +204,11 @@ class TileScalars:
         """The next piece of ``span`` positions: of the same tile, or the first of the next one."""
         more = (at + 1) * span < self.visible(tile)
         return jnp.where(more, tile, tile + 1), jnp.where(more, at + 1, 0)
+
+
+def split(n, size: int):
+    """``n // size`` and ``n % size`` for n >= 0 and a power of two, in one operation each."""
+    return lax.shift_right_logical(n, jnp.int32(size.bit_length() - 1)), n & (size - 1)
 
 
 def pieces(count, most: int, body) -> None:
