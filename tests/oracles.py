@@ -126,7 +126,7 @@ def paged_context(pages, scales, page_table_row, length: int):
         page, slot = page_table_row[position // page_size], position % page_size
         entry = exact(pages[page, slot])
         if scales is not None:
-            entry = entry * exact(scales[page, slot])[:, None]
+            entry = entry * exact(scales[page, :, slot])[:, None]
         kv.append(entry)
     kv = np.stack(kv)
     return kv[:, 0::2], kv[:, 1::2]

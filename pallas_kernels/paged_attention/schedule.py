@@ -20,6 +20,25 @@ class Tiles:
 
 
 @struct.dataclass
+class Touched:
+    """Pages that get new tokens: int32 [B] ``base``, and int32 [pages] each of the rest.
+
+    Attributes:
+        base: page ``index`` of row b is number ``base[b] + index``.
+        row, index: whose page, and which of its context.
+        token: the flat token of the page's first position, where that position is new.
+        low, high: the positions in the page that are new.
+    """
+
+    base: jax.Array
+    row: jax.Array
+    index: jax.Array
+    token: jax.Array
+    low: jax.Array
+    high: jax.Array
+
+
+@struct.dataclass
 class Rows:
     """Where each row's tokens stand in the batch and in its context."""
 
@@ -62,6 +81,25 @@ class Rows:
         if T <= B:
             return jnp.minimum(self.start[-1], T), self.single(T)
         return self.tiles(self.lengths == 1, 1, min(T, B))
+
+    def touched(self, T: int, page_size: int) -> "Touched":
+        """The pages that the new tokens are written to, row by row."""
+        cached = self.kv_lens - self.lengths
+        first = cached // page_size
+        pages = jnp.where(self.lengths > 0, -(-self.kv_lens // page_size) - first, 0)
+        B = self.kv_lens.shape[0]
+        # A row of n tokens touches at most (n + 2 (page_size - 1)) / page_size pages.
+        most = T if T <= B else T // page_size + 2 * min(B, T)
+        last = jnp.cumsum(pages)
+        run = jnp.arange(most, dtype=jnp.int32)
+        row = jnp.sum(run[:, None] >= last, axis=1, dtype=jnp.int32)
+        row = jnp.minimum(row, B - 1)
+        base = last - pages - first
+        index = run - base[row]
+        token = self.start[row] + index * page_size - cached[row]
+        low = jnp.maximum(cached[row] - index * page_size, 0)
+        high = jnp.minimum(self.kv_lens[row] - index * page_size, page_size)
+        return Touched(base, row, index, token, low, jnp.where(run < last[-1], high, 0))
 
     def longer(self, T: int, height: int) -> tuple[jax.Array, Tiles]:
         """The rows that bring more than one token, as tiles of up to ``height`` tokens."""

@@ -39,7 +39,7 @@ from pallas_kernels.paged_attention.tpu_walk import Refs, Shape
 # latency is hidden by its copies.
 BLOCK = 512
 # (Heads of a tile's key/value, times items) that a step of short tiles attends side by side.
-CHAINS = 8
+CHAINS = 4
 # Query rows of a kv head in a tall tile.
 TALL_ROWS = 512
 # Page-table entries per line at most.
@@ -71,27 +71,48 @@ def paged_attention(
     T, N, H = q_TNH.shape
     if T == 0:
         return q_TNH, pages, scales
-    facts = Facts(N, k_TKH.shape[1], H, pages.shape[1], *map(str, (q_TNH.dtype, pages.dtype)), False)
+    facts = Facts(
+        query_heads=N,
+        kv_heads=k_TKH.shape[1],
+        head_dim=H,
+        page_size=pages.shape[1],
+        dtype=q_TNH.dtype.name,
+        kv_dtype=pages.dtype.name,
+        scaled=scales is not None,
+    )
     reason = _reason(facts)
     if reason is not None:
         raise ValueError(f"paged_attention: implementation 'tpu' cannot take this: {reason}")
     info = None if interpret else pltpu.get_tpu_info()
     cores = cores or (info.num_cores if info else 1)
     rows = Rows(row_starts, kv_lens)
-    shapes = _shapes(facts, T, page_table.shape, sm_scale, isinstance(interpret, pltpu.InterpretParams))
+    plain = isinstance(interpret, pltpu.InterpretParams)
+    shapes = _shapes(facts, T, page_table.shape, sm_scale, plain)
     lists = [rows.one_token(T)]
     if T > kv_lens.shape[0]:
         lists.append(rows.longer(T, shapes[1].height))
-    cached = kv_lens - rows.lengths
+    touched = rows.touched(T, facts.page_size)
     packed = [
-        tpu_walk.pack_tiles(count, tiles, cached, cores, shape.block)
+        tpu_walk.pack_tiles(count, tiles, kv_lens - rows.lengths, touched.base, cores, shape)
         for shape, (count, tiles) in zip(shapes, lists, strict=True)
     ]
-    new = jnp.stack([k_TKH, v_TKH], axis=2).reshape(T, -1, H).astype(pages.dtype)
-    q = jnp.pad(q_TNH, ((0, 0), (0, shapes[0].padded_heads - N), (0, 0)))
-    out, pages = _call(
-        shapes, cores, info, interpret, packed, _lines(page_table, pages.shape[0], shapes[0]), q, new, pages
-    )
+    page_table = jnp.clip(page_table, 0, pages.shape[0] - 1)
+    new = jnp.stack([k_TKH, v_TKH], axis=2).reshape(T, -1, H)
+    fresh = None
+    if scales is None:
+        new = new.astype(pages.dtype)
+    else:
+        new, new_scales = xla.quantize(new, pages.dtype)
+        fresh = _fresh_scales(touched, new_scales, scales, page_table)
+    operands = {
+        "table": _lines(page_table, shapes[0]),
+        "q": jnp.pad(q_TNH, ((0, 0), (0, shapes[0].padded_heads - N), (0, 0))),
+        "new": new,
+        "fresh": fresh,
+        "pages": pages,
+        "scales": scales,
+    }
+    out, pages, scales = _call(shapes, cores, info, interpret, packed, operands)
     used = jnp.arange(T, dtype=jnp.int32) < row_starts[-1]
     return jnp.where(used[:, None, None], out[:, :N], 0), pages, scales
 
@@ -122,37 +143,56 @@ def _shapes(facts: Facts, T: int, table: tuple[int, int], sm_scale: float, plain
     return shapes
 
 
-def _lines(page_table, num_pages: int, shape: Shape):
+def _lines(page_table, shape: Shape):
     """The page table as [B * lines, line / 128, 128], so that a line is one copy."""
     B, W = page_table.shape
-    page_table = jnp.clip(page_table, 0, num_pages - 1)
     padded = jnp.pad(page_table, ((0, 0), (0, shape.lines * shape.line - W)))
     return padded.reshape(B * shape.lines, shape.line // 128, 128)
 
 
-def _call(shapes, cores, info, interpret, packed, table, q, new, pages):
-    anywhere = pl.BlockSpec(memory_space=pltpu.HBM)
+def _fresh_scales(touched, new_scales, scales, page_table):
+    """The scales of every page that gets tokens, as they will be: float32 [pages, 2K, page_size].
+
+    A single scale is too small for a copy, so the kernel copies them by the page.
+    """
+    heads, size = scales.shape[1:]
+    padded = jnp.pad(new_scales, ((size, size), (0, 0)))
+    cut = functools.partial(jax.lax.dynamic_slice_in_dim, padded, slice_size=size)
+    mine = jax.vmap(cut)(touched.token + size)
+    at = jnp.arange(size, dtype=jnp.int32)
+    new = (at >= touched.low[:, None]) & (at < touched.high[:, None])
+    old = scales[page_table[touched.row, jnp.clip(touched.index, 0, page_table.shape[1] - 1)]]
+    return jnp.where(new[:, None], jnp.einsum("psk->pks", mine), old)
+
+
+def _call(shapes, cores, info, interpret, packed, operands):
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     limit = None if info is None else int(info.vmem_capacity_bytes * VMEM_SHARE)
-    return pl.pallas_call(
-        functools.partial(_kernel, shapes, cores),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, pages)],
+    given = {name: x for name, x in operands.items() if x is not None}
+    # The queries' buffer takes no result; the cache's take theirs.
+    results = [name for name in ("q", "pages", "scales") if name in given]
+    where = {name: len(packed) + i for i, name in enumerate(given)}
+    done = pl.pallas_call(
+        functools.partial(_kernel, shapes, cores, tuple(given), tuple(results)),
+        out_shape=[jax.ShapeDtypeStruct(given[x].shape, given[x].dtype) for x in results],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(packed),
             grid=(cores,),
-            in_specs=[anywhere] * 4,
-            out_specs=[anywhere] * 2,
+            in_specs=[hbm] * len(given),
+            out_specs=[hbm] * len(results),
         ),
-        input_output_aliases={len(packed) + 3: 1},
+        input_output_aliases={where[name]: i for i, name in enumerate(results) if name != "q"},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",),
             vmem_limit_bytes=limit,
             # Page numbers are clipped once; checking every copy costs more than starting it.
             disable_bounds_checks=True,
         ),
-        cost_estimate=_cost(q, new, pages),
+        cost_estimate=_cost(operands["q"], operands["new"], operands["pages"]),
         interpret=interpret,
         name="paged_attention",
-    )(*packed, table, q, new, pages)
+    )(*packed, *given.values())
+    return done if "scales" in given else (*done, None)
 
 
 def _cost(q, new, pages) -> pl.CostEstimate:
@@ -166,19 +206,24 @@ def _cost(q, new, pages) -> pl.CostEstimate:
     )
 
 
-def _kernel(shapes, cores, *refs):
+def _kernel(shapes, cores, given, results, *refs):
     core = pl.program_id(0)
-    scalars = refs[: len(shapes)]
-    table, q, new, _, out, pages = refs[len(shapes) :]
+    n = len(shapes)
+    scalars, refs = refs[:n], refs[n:]
+    hbm = dict.fromkeys(("fresh", "scales")) | dict(zip(given, refs, strict=False))
+    # The cache is read and written where it comes out, which is where it came in.
+    hbm |= {
+        "out" if x == "q" else x: ref for x, ref in zip(results, refs[len(given) :], strict=True)
+    }
     for shape, ref in zip(shapes, scalars, strict=True):
-        needed = tpu_walk.scratch(shape, q.dtype, pages.dtype, scaled=False)
+        scaled = hbm["scales"] is not None
+        needed = tpu_walk.scratch(shape, hbm["q"].dtype, hbm["pages"].dtype, scaled)
         names = [name for name, each in needed.items() if each is not None]
 
         def body(*scratch, shape=shape, ref=ref, names=names, needed=needed):
             found = dict.fromkeys(needed) | dict(zip(names, scratch, strict=True))
-            walk = Refs(table=table, q=q, new=new, pages=pages, scales=None, out=out, **found)
             tiles = tpu_walk.TileScalars(ref, cores)
-            tpu_kernel.walk(shape, tiles, walk, core)
+            tpu_kernel.walk(shape, tiles, Refs(**hbm, **found), core)
 
         pl.run_scoped(body, *(needed[name] for name in names))
 
@@ -186,8 +231,27 @@ def _kernel(shapes, cores, *refs):
 def _reason(facts: Facts) -> str | None:
     if facts.head_dim != 128:
         return (
-            f"head_dim={facts.head_dim}: a position's heads fill 128 lanes, and XLA pads a cache of "
-            "another width to 128 anyway; use head_dim 128 or kernels={'paged_attention': 'xla'}"
+            f"head_dim={facts.head_dim}: XLA pads a cache of other heads than 128 wide to 128 lanes; "
+            "use head_dim 128"
+        )
+    if facts.dtype not in ("bfloat16", "float32"):
+        return f"queries are {facts.dtype}; use bfloat16 or float32"
+    if facts.kv_dtype not in ("float32", "bfloat16", *xla.LARGEST):
+        return f"pages are {facts.kv_dtype}; use float32, bfloat16 or {list(xla.LARGEST)}"
+    if not tpu_packing.strided(2 * facts.kv_heads, jnp.dtype(facts.kv_dtype)):
+        few = (
+            "2, 4 or a multiple of 8" if jnp.dtype(facts.kv_dtype).itemsize == 1 else "1, 2, 4, 8 …"
+        )
+        return (
+            f"{facts.kv_heads} kv heads of {facts.kv_dtype} do not fill whole 32-bit words of whole "
+            f"tiles; use {few} heads per device or a wider kv_cache_dtype"
+        )
+    if facts.page_size & (facts.page_size - 1) or not 16 <= facts.page_size <= 1024:
+        return f"page_size={facts.page_size}; use a power of two from 16 to 1024"
+    if facts.scaled and facts.page_size % 128:
+        return (
+            f"page_size={facts.page_size}: a page's scales fill 128 lanes; use a multiple of 128, "
+            "or a cache without scales"
         )
     return None
 

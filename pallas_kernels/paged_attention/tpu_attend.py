@@ -77,9 +77,7 @@ def _scales(refs: Refs, slot, head: int, count):
         return None, None
     pages = range(refs.kv_scales.shape[1])
     k, v = (
-        jnp.concatenate(
-            [refs.kv_scales[slot, i, pl.ds(2 * head + x, 1), :] for i in pages], axis=1
-        )
+        jnp.concatenate([refs.kv_scales[slot, i, pl.ds(2 * head + x, 1), :] for i in pages], axis=1)
         for x in (0, 1)
     )
     here = lax.broadcasted_iota(jnp.int32, v.shape, 1) < count

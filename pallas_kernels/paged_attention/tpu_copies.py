@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.paged_attention.tpu_walk import LINES, Refs, Shape, TileScalars, pieces, split
+from pallas_kernels.paged_attention.tpu_walk import (
+    LINES,
+    STEPS,
+    Refs,
+    Shape,
+    TileScalars,
+    pieces,
+    split,
+)
 
 
 def copy_line(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot):
@@ -69,12 +77,25 @@ def fetch(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot, line, ri
         source = refs.new.at[pl.ds(token + base + i * page_size + offset - position, size)]
         start(source, refs.pages.at[page(i), pl.ds(offset, size)], refs.write_sem.at[0])
 
+    def to_scales(i, low):
+        # Once per page: from the tile that has the first of its new positions.
+        @pl.when(base + i * page_size + low == jnp.maximum(cached, base + i * page_size))
+        def _():
+            source = refs.fresh.at[tiles.touched(tile) + at * per_block + i]
+            start(source, refs.scales.at[page(i)], refs.scale_sem.at[STEPS * shape.items])
+
+    if refs.scales is not None:
+        _fetch_scales(shape, tiles, refs, tile, at, slot, page)
+
     if shape.height == 1:  # its one new token is the last position of its last block
 
         @pl.when(visible <= base + shape.block)
         def _():
             from_new(0, 1)
-            to_page(*split(position - base, page_size), 1)
+            i, low = split(position - base, page_size)
+            to_page(i, low, 1)
+            if refs.scales is not None:
+                to_scales(i, low)
 
     else:
         pieces(jnp.maximum(end - base - old, 0), min(shape.block, T), from_new)
@@ -86,6 +107,8 @@ def fetch(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot, line, ri
         def _(i):
             low = jnp.maximum(own - base - i * page_size, 0)
             count = jnp.minimum(end - base - i * page_size, page_size) - low
+            if refs.scales is not None:
+                to_scales(i, low)
             pieces(
                 count,
                 min(page_size, T),
@@ -101,6 +124,28 @@ def fetch(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot, line, ri
             start(source, refs.q_ring.at[ring, pl.ds(offset, size)], refs.q_sem.at[ring])
 
         pieces(tiles.tokens(tile), min(shape.height, T), q_piece)
+
+
+def _fetch_scales(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot, page) -> None:
+    """Starts the copies of a block's scales: of pages with new tokens from where those arrive."""
+    per_block = shape.block // shape.page_size
+    cached, visible = tiles.cached(tile), tiles.visible(tile)
+    used = jnp.minimum(visible - at * shape.block, shape.block)
+
+    @pl.loop(0, split(used + shape.page_size - 1, shape.page_size)[0])
+    def _(i):
+        index = at * per_block + i
+        new = (index + 1) * shape.page_size > cached
+        target, sem = refs.kv_scales.at[slot, i], refs.scale_sem.at[slot]
+
+        @pl.when(new)
+        def _():
+            source = refs.fresh.at[tiles.touched(tile) + index]
+            pltpu.make_async_copy(source, target, sem).start()
+
+        @pl.when(~new)
+        def _():
+            pltpu.make_async_copy(refs.scales.at[page(i)], target, sem).start()
 
 
 def _clear(kv, count) -> None:
@@ -129,6 +174,11 @@ def wait_for_item(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot, 
         wait(refs.q_ring.at[ring, pl.ds(offset, size)], refs.q_sem.at[ring])
 
     pieces(count, shape.block, kv)
+    if refs.scales is not None:
+
+        @pl.loop(0, split(count + shape.page_size - 1, shape.page_size)[0])
+        def _(i):
+            wait(refs.kv_scales.at[slot, 0], refs.scale_sem.at[slot])
 
     @pl.when(at == 0)
     def _():
@@ -165,8 +215,8 @@ def wait_for_output(shape: Shape, tiles: TileScalars, refs: Refs, tile, ring) ->
     )
 
 
-def wait_for_writes(shape: Shape, refs: Refs, tokens) -> None:
-    """Waits until ``tokens`` positions have been written to their pages."""
+def wait_for_writes(shape: Shape, refs: Refs, tokens, touched) -> None:
+    """Waits until ``tokens`` positions, and the scales of ``touched`` pages, are in HBM."""
     sem = refs.write_sem.at[0]
 
     whole, rest = split(tokens, shape.page_size)
@@ -180,3 +230,8 @@ def wait_for_writes(shape: Shape, refs: Refs, tokens) -> None:
         shape.page_size // 2,
         lambda offset, size: wait(refs.pages.at[0, pl.ds(0, size)], sem),
     )
+    if refs.scales is not None:
+
+        @pl.loop(0, touched)
+        def _(i):
+            wait(refs.scales.at[0], refs.scale_sem.at[STEPS * shape.items])

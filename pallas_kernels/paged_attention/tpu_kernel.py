@@ -43,8 +43,7 @@ def walk(shape: Shape, tiles: TileScalars, refs: Refs, core) -> None:
     def _(tile):
         tpu_copies.wait_for_output(shape, tiles, refs, tile, (tile - first) & (shape.rings - 1))
 
-    written = tiles.tokens_before(core + 1) - tiles.tokens_before(core)
-    tpu_copies.wait_for_writes(shape, refs, written)
+    tpu_copies.wait_for_writes(shape, refs, *tiles.written(core))
 
 
 def _start_line(shape, tiles, refs, first, end, line):

@@ -70,6 +70,7 @@ class Refs:
         table: int32 [B * lines, line / 128, 128].
         q, out: [T, padded N, H].
         new: [T, 2K, H], the new tokens' keys and values as the cache stores them.
+        fresh: float32 [touched pages, 2K, page_size], their scales after this call, or None.
         pages: [num_pages, page_size, 2K, H].
         scales: float32 [num_pages, 2K, page_size] or None.
         lines: SMEM.
@@ -84,6 +85,7 @@ class Refs:
     table: Any
     q: Any
     new: Any
+    fresh: Any
     pages: Any
     scales: Any
     out: Any
@@ -99,6 +101,7 @@ class Refs:
     acc: Any
     line_sem: Any
     kv_sem: Any
+    scale_sem: Any
     q_sem: Any
     out_sem: Any
     write_sem: Any
@@ -125,32 +128,38 @@ def scratch(shape: Shape, q_dtype, kv_dtype, scaled: bool) -> dict[str, Any]:
         "acc": pltpu.VMEM((K, rows, H), jnp.float32),
         "line_sem": pltpu.SemaphoreType.DMA((LINES,)),
         "kv_sem": pltpu.SemaphoreType.DMA((buffers,)),
+        "scale_sem": pltpu.SemaphoreType.DMA((buffers + 1,)) if scaled else None,
         "q_sem": pltpu.SemaphoreType.DMA((shape.rings,)),
         "out_sem": pltpu.SemaphoreType.DMA((shape.rings,)),
         "write_sem": pltpu.SemaphoreType.DMA((1,)),
     }
 
 
-def pack_tiles(count, tiles: Tiles, cached_B, cores: int, block: int) -> jax.Array:
+def pack_tiles(count, tiles: Tiles, cached_B, base_B, cores: int, shape: Shape) -> jax.Array:
     """The scalars of `TileScalars` as one int32 array; cores get like numbers of blocks.
 
     Args:
         count: how many of the tiles there are.
         tiles: of a static size.
         cached_B: positions of each row that were cached before this call.
+        base_B: ``schedule.Touched.base``.
     """
     n = tiles.row.shape[0]
     exists = jnp.arange(n) < count
     visible = tiles.position + tiles.tokens
-    blocks = jnp.cumsum(jnp.where(exists, -(-visible // block), 0))
+    blocks = jnp.cumsum(jnp.where(exists, -(-visible // shape.block), 0))
     goal = blocks[-1] // cores * jnp.arange(1, cores, dtype=jnp.int32)
     inner = jnp.searchsorted(blocks, goal).astype(jnp.int32)
     bounds = jnp.concatenate([jnp.zeros(1, jnp.int32), inner, count.astype(jnp.int32)[None]])
-    before = jnp.concatenate(
-        [jnp.zeros(1, jnp.int32), jnp.cumsum(jnp.where(exists, tiles.tokens, 0))]
-    )
-    fields = (tiles.row, tiles.token, tiles.tokens, tiles.position, cached_B[tiles.row])
-    return jnp.concatenate([*fields, bounds, before[bounds]]).astype(jnp.int32)
+    # A page is a tile's if the first of its new positions is.
+    cached, size = cached_B[tiles.row], shape.page_size
+    own = jnp.where(tiles.position == cached, cached // size, -(-tiles.position // size))
+    sums = [
+        jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(jnp.where(exists, x, 0))])[bounds]
+        for x in (tiles.tokens, -(-visible // size) - own)
+    ]
+    fields = (tiles.row, tiles.token, tiles.tokens, tiles.position, cached, base_B[tiles.row])
+    return jnp.concatenate([*fields, bounds, *sums]).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +172,7 @@ class TileScalars:
     @property
     def most(self) -> int:
         """The static number of tiles."""
-        return (self.ref.shape[0] - 2 * (self.cores + 1)) // 5
+        return (self.ref.shape[0] - 3 * (self.cores + 1)) // 6
 
     def _field(self, i: int, tile):
         return self.ref[i * self.most + jnp.minimum(tile, self.most - 1)]
@@ -188,17 +197,22 @@ class TileScalars:
         """Positions of its row that were in the cache before this call."""
         return self._field(4, tile)
 
+    def touched(self, tile):
+        """What to add to the index of one of its row's new pages for its number among all."""
+        return self._field(5, tile)
+
     def visible(self, tile):
         """Positions that its last token sees, which is where its last block ends."""
         return self.position(tile) + self.tokens(tile)
 
     def bound(self, core):
         """The first tile of a core: the end of the core before it."""
-        return self.ref[5 * self.most + core]
+        return self.ref[6 * self.most + core]
 
-    def tokens_before(self, core):
-        """Tokens in the tiles of all cores before it."""
-        return self.ref[5 * self.most + self.cores + 1 + core]
+    def written(self, core):
+        """How many tokens it writes, and to how many pages it is the first to write."""
+        starts = (6 * self.most + (self.cores + 1) * i + core for i in (1, 2))
+        return tuple(self.ref[i + 1] - self.ref[i] for i in starts)
 
     def advance(self, tile, at, span: int):
         """The next piece of ``span`` positions: of the same tile, or the first of the next one."""

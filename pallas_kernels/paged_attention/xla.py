@@ -75,7 +75,7 @@ class _Cache:
     def read_scales(self, page, combined_head):
         """Their scales: [..., page_size]."""
         assert self.scales is not None
-        return self.scales.at[page, :, combined_head].get(mode="promise_in_bounds")
+        return self.scales.at[page, combined_head].get(mode="promise_in_bounds")
 
 
 def quantize(x, dtype):
@@ -101,7 +101,7 @@ def _write(k_TKH, v_TKH, cache, rows):
         kv = kv.astype(cache.dtype)
     else:
         kv, scale = quantize(kv, cache.dtype)
-        scales = scales.at[slots].set(scale, mode="drop")
+        scales = scales.at[slots[0], :, slots[1]].set(scale, mode="drop")
     pages = cache.pages.at[slots].set(narrow.as_bytes(kv), mode="drop")
     return cache.replace(pages=pages, scales=scales)
 

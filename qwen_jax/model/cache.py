@@ -27,7 +27,7 @@ class KVCache:
 
     Attributes:
         pages: per layer [pages, page_size, 2K, H]: the key of head j at 2j, its value at 2j + 1.
-        scales: per layer float32 [pages, page_size, 2K] for int8 and fp8 pages, else None.
+        scales: per layer float32 [pages, 2K, page_size] for int8 and fp8 pages, else None.
     """
 
     pages: tuple[jax.Array, ...]
@@ -63,14 +63,15 @@ def make_cache(config: TextConfig, runtime: Runtime, num_pages: int) -> KVCache:
         runtime.mesh, sharding_lib.spec(". . K .", runtime.mesh, runtime.rules)
     )
     scale_place = jax.sharding.NamedSharding(
-        runtime.mesh, sharding_lib.spec(". . K", runtime.mesh, runtime.rules)
+        runtime.mesh, sharding_lib.spec(". K .", runtime.mesh, runtime.rules)
     )
     shape = (num_pages, runtime.page_size, heads, config.head_dim)
     layers = range(config.num_hidden_layers)
     pages = tuple(jnp.zeros(shape, dtype, device=place) for _ in layers)
     if dtype.itemsize > 1:
         return KVCache(pages, (None,) * len(pages))
-    scales = tuple(jnp.zeros(shape[:3], jnp.float32, device=scale_place) for _ in layers)
+    per_head = (num_pages, heads, runtime.page_size)
+    scales = tuple(jnp.zeros(per_head, jnp.float32, device=scale_place) for _ in layers)
     return KVCache(pages, scales)
 
 
