@@ -31,6 +31,7 @@ pallas_kernels.paged_attention
 pallas_kernels.paged_attention.cases
 pallas_kernels.segment_attention.facts
 pallas_kernels.segment_attention.xla
+pallas_kernels.segment_attention.tpu
 pallas_kernels.segment_attention
 pallas_kernels
 

@@ -89,7 +89,7 @@ def paged_attention(
     plain = isinstance(interpret, pltpu.InterpretParams)
     shapes = _shapes(facts, T, page_table.shape, sm_scale, plain)
     lists = [rows.one_token(T)]
-    if T > kv_lens.shape[0]:
+    if kv_lens.shape[0] < T:
         lists.append(rows.longer(T, shapes[1].height))
     touched = rows.touched(T, facts.page_size)
     packed = [

@@ -22,22 +22,24 @@ def walk(shape: Shape, tiles: TileScalars, refs: Refs, core) -> None:
     """Attends every tile of this core's share and writes its tokens' keys and values."""
     first, end = tiles.bound(core), tiles.bound(core + 1)
     bounds = (shape, tiles, refs, first, end)
-    none = jnp.int32(0)
-    line = (first, none, none)
-    for _ in range(LINES - 1):
-        line = _start_line(*bounds, line)
-    ahead = (first, none, none - 1)
-    for step in range(STEPS - 1):
-        line, ahead = _fetch_step(*bounds, line, ahead, step)
+    start = jnp.int32(0)
+    line = lax.fori_loop(
+        0, LINES - 1, lambda _, line: _start_line(*bounds, line), (first, start, start)
+    )
 
     def body(carry):
-        step, now, line, ahead = carry
-        # The step before this one is free.
-        line, ahead = _fetch_step(*bounds, line, ahead, jnp.where(step > 0, step, STEPS) - 1)
-        now = _attend_step(*bounds, now, step)
-        return jnp.where(step + 1 < STEPS, step + 1, 0), now, line, ahead
+        turn, step, now, line, ahead = carry
+        line, ahead = _fetch_step(*bounds, line, ahead, step)
+        # The step that is fetched next is the one that was fetched STEPS - 1 turns ago.
+        step = jnp.where(step + 1 < STEPS, step + 1, 0)
+        items, following = _items(shape, tiles, now, step, first)
+        full = turn >= STEPS - 1
+        pl.when(full)(lambda: _attend_step(*bounds, items))
+        now = tuple(jnp.where(full, x, y) for x, y in zip(following, now, strict=True))
+        return turn + 1, step, now, line, ahead
 
-    lax.while_loop(lambda carry: carry[1][0] < end, body, (none, (first, none), line, ahead))
+    carry = (start, start, (first, start), line, (first, start, start - 1))
+    lax.while_loop(lambda carry: carry[2][0] < end, body, carry)
 
     @pl.loop(jnp.maximum(first, end - shape.rings), end)
     def _(tile):
@@ -86,12 +88,18 @@ def _fetch_step(shape, tiles, refs, first, end, line, ahead, step):
     return line, ahead
 
 
-def _attend_step(shape, tiles, refs, first, end, now, step):
-    """Attends the items of a step; ``now`` is the first one's tile and block."""
+def _items(shape, tiles, now, step, first):
+    """The items of a step from ``now`` on (tile, block, buffer, ring), and where the next begins."""
     items = []
     for i in range(shape.items):
-        items.append((*now, step * shape.items + i, (now[0] - first) & (shape.rings - 1)))
+        ring = (now[0] - first) & (shape.rings - 1)
+        items.append((*now, step * shape.items + i, ring))
         now = tiles.advance(*now, shape.block)
+    return items, now
+
+
+def _attend_step(shape, tiles, refs, first, end, items):
+    """Attends the items of a step, and sends off the tiles that end with them."""
     for tile, at, slot, ring in items:
 
         @pl.when(tile < end)
@@ -112,8 +120,6 @@ def _attend_step(shape, tiles, refs, first, end, now, step):
         @pl.when((tile < end) & last)
         def _(tile=tile, ring=ring):
             tpu_copies.start_output(shape, tiles, refs, tile, ring)
-
-    return now
 
 
 def _attend_tokens(shape, tiles, refs, end, items):

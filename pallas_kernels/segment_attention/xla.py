@@ -30,7 +30,7 @@ def segment_attention(q_UNH, k_UNH, v_UNH, segment_starts, sm_scale):
     tile, block = min(TILE, U), min(BLOCK, U)
     tiles = -(-U // tile)
     pad = tiles * tile - U
-    low_U, high_U = _seen(segment_starts, U)
+    low_U, high_U = seen(segment_starts, U)
     low_U, high_U = (jnp.pad(x, (0, pad)) for x in (low_U, high_U))
     q = jnp.pad(q_UNH, ((0, pad), (0, 0), (0, 0))).reshape(tiles, tile, N, H)
     # Slices of `block` keys start anywhere below U: the last one is moved back to end at U.
@@ -43,7 +43,7 @@ def segment_attention(q_UNH, k_UNH, v_UNH, segment_starts, sm_scale):
     return out.reshape(tiles * tile, N, H)[:U]
 
 
-def _seen(segment_starts, U):
+def seen(segment_starts, U):
     """int32 [U] twice: the first element of each element's segment, and the one behind it."""
     element = jnp.arange(U, dtype=jnp.int32)
     segment = jnp.searchsorted(segment_starts[1:], element, side="right").astype(jnp.int32)
