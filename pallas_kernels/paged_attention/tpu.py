@@ -155,7 +155,7 @@ def _fresh_scales(touched, new_scales, scales, page_table):
 
     A single scale is too small for a copy, so the kernel copies them by the page.
     """
-    heads, size = scales.shape[1:]
+    size = scales.shape[2]
     padded = jnp.pad(new_scales, ((size, size), (0, 0)))
     cut = functools.partial(jax.lax.dynamic_slice_in_dim, padded, slice_size=size)
     mine = jax.vmap(cut)(touched.token + size)
@@ -231,8 +231,8 @@ def _kernel(shapes, cores, given, results, *refs):
 def _reason(facts: Facts) -> str | None:
     if facts.head_dim != 128:
         return (
-            f"head_dim={facts.head_dim}: XLA pads a cache of other heads than 128 wide to 128 lanes; "
-            "use head_dim 128"
+            f"head_dim={facts.head_dim}: a cache of heads that are not 128 wide is padded to 128 "
+            "lanes; use head_dim 128"
         )
     if facts.dtype not in ("bfloat16", "float32"):
         return f"queries are {facts.dtype}; use bfloat16 or float32"
@@ -243,8 +243,8 @@ def _reason(facts: Facts) -> str | None:
             "2, 4 or a multiple of 8" if jnp.dtype(facts.kv_dtype).itemsize == 1 else "1, 2, 4, 8 …"
         )
         return (
-            f"{facts.kv_heads} kv heads of {facts.kv_dtype} do not fill whole 32-bit words of whole "
-            f"tiles; use {few} heads per device or a wider kv_cache_dtype"
+            f"{facts.kv_heads} kv heads of {facts.kv_dtype} do not fill whole 32-bit words of "
+            f"whole tiles; use {few} heads per device or a wider kv_cache_dtype"
         )
     if facts.page_size & (facts.page_size - 1) or not 16 <= facts.page_size <= 1024:
         return f"page_size={facts.page_size}; use a power of two from 16 to 1024"

@@ -89,7 +89,7 @@ def _fetch_step(shape, tiles, refs, first, end, line, ahead, step):
 
 
 def _items(shape, tiles, now, step, first):
-    """The items of a step from ``now`` on (tile, block, buffer, ring), and where the next begins."""
+    """The items of a step (tile, block, buffer, ring), and where the next step begins."""
     items = []
     for i in range(shape.items):
         ring = (now[0] - first) & (shape.rings - 1)

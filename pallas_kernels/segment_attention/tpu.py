@@ -1,4 +1,4 @@
-"""Segment attention for TPU: the heads one by one, scores transposed, blocks of other segments skipped.
+"""Segment attention for TPU: head by head, scores transposed, other segments' blocks skipped.
 
 Keys run down the sublanes and queries along the lanes, so that the softmax's maximum and sum are
 element-wise over registers, heads of 64 or 72 need no padding of queries and values, and where a
