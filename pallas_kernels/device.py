@@ -1,8 +1,7 @@
-"""A device as the kernels see it: its platform, its kind, and the figures that tile sizes follow.
+"""A device as the kernels see it: platform, kind, and the figures that tile sizes follow.
 
-Knows the names and numbers of TPU chips; knows no kernel. The figures are JAX's own (`pltpu.TpuInfo`)
-and per TensorCore; this module only finds them for a device that is not here, which is what compiling
-ahead of time needs.
+Knows the names of TPU chips; knows no kernel. The figures are JAX's own (`pltpu.TpuInfo`) and per
+TensorCore; this module finds them for a device that is not here, which compiling ahead of time needs.
 """
 
 import dataclasses

@@ -37,7 +37,7 @@ class Case:
     def w_shape(self) -> tuple[int, ...]:
         """Shape of w."""
         pair = (2,) if self.activation else ()
-        return (self.experts, self.inner, *pair, self.outer)
+        return (self.experts, *pair, self.inner, self.outer)
 
 
 def cases(model: str, shard: str = "whole") -> Iterator[Case]:
