@@ -5,7 +5,7 @@ yields these from ``programs(device)``, so a script takes a new operation by its
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -17,15 +17,21 @@ class Program:
         name: operation, model, shard, tokens and form of weights, joined by "/".
         fn: takes ``args``; traced where the mesh names the device.
         args: a tuple of trees of `jax.ShapeDtypeStruct`.
+        make: concrete ``args`` from a seed.
         moved: bytes that must pass through HBM at least.
         flops: operations of the matrix unit at least.
-        trips: how often each loop of the kernel runs, by depth from outside in, as the schedule's
-            estimate needs it; empty where it is not known.
+        copied: bytes that the kernel's own copies take.
+        trips: how often each loop of the kernel's deepest nest runs, from outside in; what runs
+            once for certain is no loop in a schedule.
+        baselines: other ways to the same result, by name.
     """
 
     name: str
     fn: Callable[..., Any]
     args: tuple[Any, ...]
+    make: Callable[[int], tuple[Any, ...]]
     moved: float
     flops: float
-    trips: tuple[float, ...] = ()
+    copied: float
+    trips: tuple[float, ...]
+    baselines: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.device import Device, tpu_info
 from pallas_kernels.program import Program
@@ -118,40 +119,55 @@ def _program(case: Case, form: str, device: Device) -> Program:
     facts = case.facts(form)
     spec = jax.ShapeDtypeStruct
     scale = None if facts.scale_shape is None else spec(facts.scale_shape, facts.scale_dtype)
-    call = functools.partial(
-        ragged_dot,
-        blocks=facts.blocks,
-        activation=case.activation,
-        impl="tpu",
-        out_dtype=facts.out_dtype,
+    args = (
+        spec((case.rows, case.inner), jnp.bfloat16),
+        spec(facts.w_shape, facts.w_dtype),
+        spec((case.total,), jnp.int32),
+        scale,
     )
-    size = lambda dtype: jnp.dtype(dtype).itemsize
+    call = functools.partial(
+        ragged_dot, blocks=facts.blocks, activation=case.activation, out_dtype=facts.out_dtype
+    )
+    weights = case.active * math.prod(facts.w_shape[1:]) * jnp.dtype(facts.w_dtype).itemsize
     own = math.ceil(case.rows * case.experts / case.total)
-    matrix = math.prod(facts.w_shape[1:])
-    moved = case.active * matrix * size(facts.w_dtype) + own * case.inner * size(facts.x_dtype)
     # Rows of other shards are written too, as zeros.
-    moved += case.rows * case.outer * size(facts.out_dtype)
+    written = case.rows * case.outer * jnp.dtype(facts.out_dtype).itemsize
+    trips, read = _walk(case, facts, device)
     return Program(
         f"ragged_dot/{case.name}/{form}",
-        lambda x, w, sizes, scale: call(x, w, sizes, scale=scale),
-        (
-            spec((case.rows, case.inner), jnp.bfloat16),
-            spec(facts.w_shape, facts.w_dtype),
-            spec((case.total,), jnp.int32),
-            scale,
-        ),
-        moved=moved,
-        flops=2 * own * matrix,
-        trips=_trips(case, facts, device),
+        lambda x, w, sizes, scale: call(x, w, sizes, scale=scale, impl="tpu"),
+        args,
+        make=functools.partial(_make, case, args),
+        moved=weights + own * case.inner * 2 + written,
+        flops=2 * own * math.prod(facts.w_shape[1:]),
+        copied=weights + read * case.inner * 2 + written,
+        trips=trips,
+        baselines={"xla": lambda x, w, sizes, scale: call(x, w, sizes, scale=scale, impl="xla")},
     )
 
 
-def _trips(case: Case, facts: Facts, device: Device) -> tuple[float, ...]:
-    """Active experts, column tiles of each, row tiles of those."""
+def _walk(case: Case, facts: Facts, device: Device) -> tuple[tuple[float, ...], float]:
+    """How often the kernel's loops run under uniform routing, and how many rows it reads."""
     config = tpu_config.choose(facts, case.rows, case.total, device)
     tiles = case.outer // tpu_config.cores(facts, tpu_info(device.kind)) // config.columns
-    group = case.rows / case.total / (1 - (1 - 1 / case.total) ** case.rows)
-    # A group of n rows starts anywhere in a granule: it touches (n - 1) / 16 + 1 granules on
-    # average, and what is not a whole row tile takes one.
-    granules = (group - 1) / GRANULE + 1
-    return (case.active, tiles, math.ceil(granules * GRANULE / config.rows))
+    group = case.rows * case.experts / case.total / case.active
+    # A group of n rows that starts anywhere touches (n - 1) / 16 + 1 granules on average.
+    read = (group - 1) + GRANULE
+    row_tiles = math.ceil(read / config.rows)
+    if row_tiles > 1:
+        read *= tiles
+    return (case.active, *((tiles,) if tiles > 1 else ()), row_tiles), case.active * read
+
+
+def _make(case: Case, args, seed: int) -> tuple:
+    """Random rows, weights and scales, and groups as a uniform router fills them."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.multinomial(case.rows, [1 / case.total] * case.total).astype(np.int32)
+    keys = iter(jax.random.split(jax.random.key(seed), len(args)))
+
+    def one(spec):
+        drawn = jax.random.normal(next(keys), spec.shape, jnp.bfloat16)
+        return (drawn * (32 if spec.dtype == jnp.int8 else 1)).astype(spec.dtype)
+
+    x, w, _, scale = args
+    return one(x), one(w), jnp.asarray(sizes), None if scale is None else one(scale)
