@@ -1,8 +1,7 @@
-"""A device as the kernels see it: its platform, its kind, and the figures that tile sizes follow.
+"""A device as the kernels see it: platform, kind, and the figures that tile sizes follow.
 
-Knows the names and numbers of TPU chips; knows no kernel. The figures are JAX's own (`pltpu.TpuInfo`)
-and per TensorCore; this module only finds them for a device that is not here, which is what compiling
-ahead of time needs.
+Knows the names of TPU chips; knows no kernel. The figures are JAX's own (`pltpu.TpuInfo`) and per
+TensorCore; this module finds them for a device that is not here, for compiling ahead of time.
 """
 
 import dataclasses
@@ -39,6 +38,19 @@ class Device:
     def of(cls, device: jax.Device) -> "Device":
         """The platform and kind of a device of JAX, or of a topology to compile for."""
         return cls(device.platform, device.device_kind)
+
+
+    @classmethod
+    def current(cls) -> "Device":
+        """The device that is traced for: the mesh's, if a mesh is set, or else the first one here.
+
+        A mesh of a topology's devices is how programs for absent devices are traced:
+        ``jax.set_mesh(mesh)``, or ``jax.sharding.use_abstract_mesh`` with an abstract device.
+        """
+        abstract = jax.sharding.get_abstract_mesh().abstract_device
+        if abstract is None:
+            return cls.of(jax.devices()[0])
+        return cls(abstract.platform, abstract.device_kind)
 
 
 def tpu_info(kind: str) -> pltpu.TpuInfo:

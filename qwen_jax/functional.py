@@ -44,7 +44,7 @@ def load(
 
 
 def default_runtime(config: ModelConfig, quantization: str | None = None) -> Runtime:
-    """Every device, on the axis that `auto_mesh` says; ``quantization`` as `Runtime.make` has it."""
+    """Every device, on the axis of `auto_mesh`; ``quantization`` as `Runtime.make` has it."""
     return Runtime.make(mesh=auto_mesh(config), config=config, quantization=quantization)
 
 

@@ -1,8 +1,8 @@
 """What the kernels are told of a model: the facts that decide which implementation can run.
 
 Knows the configuration, the mesh and the rules; knows no implementation and no number of tokens.
-One device's part of a weight is what `sharding.spec` says; a size that does not divide is rounded up
-here, because loading raises about it with the parameter's name.
+A size that does not divide over its mesh axes is rounded up here, because loading raises about it
+with the parameter's name.
 """
 
 from collections.abc import Sequence

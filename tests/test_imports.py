@@ -13,8 +13,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 _ORDER = """
 pallas_kernels.device
 pallas_kernels.registry
+pallas_kernels.tuning
 pallas_kernels.narrow
 pallas_kernels.ragged_dot.facts
+pallas_kernels.ragged_dot.tpu_groups
+pallas_kernels.ragged_dot.tpu_kernel
+pallas_kernels.ragged_dot.tpu_config
+pallas_kernels.ragged_dot.tpu
 pallas_kernels.ragged_dot.xla
 pallas_kernels.ragged_dot
 pallas_kernels.ragged_dot.cases

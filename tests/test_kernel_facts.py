@@ -21,7 +21,7 @@ def facts(model, mesh="tensor=1", kv="bfloat16"):
 
 
 def test_a_sparse_layer_has_two_products():
-    common = dict(x_dtype="bfloat16", w_dtype="bfloat16")
+    common = {"x_dtype": "bfloat16", "w_dtype": "bfloat16"}
     assert facts("Qwen3-30B-A3B")["ragged_dot"] == (
         ragged_dot.Facts(128, 2048, 768, "swiglu", out_dtype="bfloat16", **common),
         ragged_dot.Facts(128, 768, 2048, None, out_dtype="float32", **common),
@@ -35,7 +35,7 @@ def test_blocks_and_scales_are_told_as_the_checkpoint_has_them():
         "float8_e4m3fn",
         "bfloat16",
     )
-    assert (gate_up.blocks, gate_up.scale_shape) == ((1, 128, 1, 128), (20, 48, 2, 20))
+    assert (gate_up.blocks, gate_up.scale_shape) == ((1, 1, 128, 128), (20, 2, 48, 20))
     assert (down.blocks, down.scale_shape) == ((1, 128, 128), (20, 20, 48))
 
 

@@ -73,7 +73,7 @@ def test_kernels_are_asked_about_this_model_on_this_mesh(implementations):
     asked = []
     curious = lambda device, facts: asked.append((device, facts))
     implementations(registry.Impl("ragged_dot", "curious", "cpu", curious, lambda *args: None))
-    kinds = dict(mesh="expert=4,tensor=2", strategy="ep+tp", config=MODEL)
+    kinds = {"mesh": "expert=4,tensor=2", "strategy": "ep+tp", "config": MODEL}
     assert Runtime.make(**kinds).kernel("ragged_dot") == "curious"
     assert {device for device, _ in asked} == {Device("cpu", "cpu")}
     assert [(f.experts, f.inner, f.outer, f.w_dtype) for _, f in asked] == [
@@ -83,7 +83,7 @@ def test_kernels_are_asked_about_this_model_on_this_mesh(implementations):
     asked.clear()
     Runtime.make(**kinds, quantization="int8")
     assert [(f.w_dtype, f.blocks) for _, f in asked] == [
-        ("int8", (1, 2048, 1, 1)),
+        ("int8", (1, 1, 2048, 1)),
         ("int8", (1, 768, 1)),
     ]
 

@@ -36,7 +36,7 @@ class Facts:
         """The facts of arrays, or of shapes and dtypes, that the operation was given."""
         return cls(
             experts=w.shape[0],
-            inner=w.shape[1],
+            inner=w.shape[-2],
             outer=w.shape[-1],
             activation=activation,
             x_dtype=x.dtype.name,
@@ -50,7 +50,7 @@ class Facts:
     def w_shape(self) -> tuple[int, ...]:
         """Shape of w."""
         pair = (2,) if self.activation else ()
-        return (self.experts, self.inner, *pair, self.outer)
+        return (self.experts, *pair, self.inner, self.outer)
 
     @property
     def scale_shape(self) -> tuple[int, ...] | None:
