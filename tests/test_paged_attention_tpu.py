@@ -185,15 +185,14 @@ def test_a_million_positions_need_no_more_than_31_bits():
         fields, bounds = np.split(np.asarray(packed, np.int64), [6 * len(tiles.row)])
         row, token, tokens, position, cached, _ = fields.reshape(6, -1)[:, : int(count)]
         np.testing.assert_array_equal(cached, (length - lengths)[row])
-        np.testing.assert_array_equal(
-            position - cached, token - np.cumsum(lengths)[row] + lengths[row]
-        )
+        in_row = token - (np.cumsum(lengths) - lengths)[row]
+        np.testing.assert_array_equal(position - cached, in_row)
         # The largest numbers that the kernel makes of them.
         assert (position + tokens).max() == length
         assert (row * shape.lines + shape.lines).max() * shape.line < 2**31
         blocks = -(-(position + tokens) // shape.block)
         assert blocks.sum() < 2**31
-        halves = [blocks[a:b].sum() for a, b in zip(bounds[:2], bounds[1:3], strict=True)]
+        halves = blocks[: bounds[1]].sum(), blocks[bounds[1] :].sum()
         assert abs(halves[0] - halves[1]) <= blocks.max(), "cores get like numbers of blocks"
         assert bounds[2] == count
         assert bounds[5] == tokens.sum()
