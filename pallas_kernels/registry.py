@@ -1,13 +1,28 @@
 """Which implementations of an operation exist, and which one a caller gets, with reasons.
 
-Knows names, platforms and the reasons an implementation gives for not running; knows nothing of
-what the operations compute. Implementations register when their module is imported, the best first,
-and a choice is made once, when a runtime is built, never inside a traced function.
+Knows names, devices and the reasons an implementation gives for not running; knows nothing of what
+the operations compute. Implementations register when their module is imported, the best first, and
+a choice is made once, when a runtime is built, never inside a traced function.
+
+The contract of ``supports(device, facts)``, which every implementation has:
+
+- ``device`` is a `Device`: platform and kind. The registry has compared ``platform`` already.
+- ``facts`` is the operation's own frozen dataclass (`ragged_dot.Facts`, `paged_attention.Facts` …):
+  what one device sees of the model (dims of its shard, dtypes, form and blocks of quantised
+  weights, page size, heads), and nothing that changes from call to call: no number of tokens, rows
+  or pages, which an implementation must take as they come.
+- It returns None, or one sentence that says what stands in the way and what would work. It is pure,
+  compiles nothing, and needs no such device to be present.
+- One operation may be used with several facts (both products of an expert); all must be supported.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from pallas_kernels.device import Device
+
+UNKNOWN = "nothing is known of the model; make the runtime with its config"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,15 +33,14 @@ class Impl:
         op: the operation, e.g. ``"ragged_dot"``.
         name: what the caller types, e.g. ``"xla"``.
         platform: the only platform it runs on (``"tpu"``, ``"gpu"``, ``"cpu"``), or None for any.
-        supports: called with the platform and the static facts of the case; returns why the case
-            cannot run, or None.
+        supports: why a case cannot run on a device, or None; see this module's text.
         fn: the function; every implementation of an operation has the same signature.
     """
 
     op: str
     name: str
     platform: str | None
-    supports: Callable[..., str | None]
+    supports: Callable[[Device, Any], str | None]
     fn: Callable[..., Any]
 
 
@@ -77,14 +91,15 @@ def get(op: str, name: str) -> Impl:
     return _IMPLS[op][name]
 
 
-def choose(op: str, wanted: str, platform: str, **facts: Any) -> Choice:
+def choose(op: str, wanted: str, device: Device, facts: Sequence[Any] | None = None) -> Choice:
     """Decides which implementation of ``op`` runs.
 
     Args:
         op: the operation.
         wanted: ``"auto"`` for the first implementation that can run, or a name.
-        platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
-        **facts: what ``supports`` needs to know of the case: static sizes, dtypes, device kind.
+        device: where.
+        facts: every form in which the model uses the operation; None: they are not known, and only
+            implementations that run anything anywhere can be taken.
 
     Returns:
         The choice. Under ``"auto"``, ``reasons`` says why each preferred one cannot run.
@@ -93,23 +108,26 @@ def choose(op: str, wanted: str, platform: str, **facts: Any) -> Choice:
         ValueError: ``op`` or ``wanted`` is unknown, or what is wanted cannot run here.
     """
     if wanted != "auto":
-        reason = _reason(get(op, wanted), platform, facts)
+        reason = _reason(get(op, wanted), device, facts)
         if reason is not None:
-            runs = [n for n in names(op) if _reason(get(op, n), platform, facts) is None]
+            runs = [n for n in names(op) if _reason(get(op, n), device, facts) is None]
             raise ValueError(
                 f"{op}: implementation {wanted!r} cannot run here: {reason}; these can: {runs}"
             )
         return Choice(wanted, {})
     reasons: dict[str, str] = {}
     for name in names(op):
-        reason = _reason(get(op, name), platform, facts)
+        reason = _reason(get(op, name), device, facts)
         if reason is None:
             return Choice(name, reasons)
         reasons[name] = reason
-    raise ValueError(f"{op}: no implementation can run on {platform}: {reasons}")
+    raise ValueError(f"{op}: no implementation can run on {device.platform}: {reasons}")
 
 
-def _reason(impl: Impl, platform: str, facts: Mapping[str, Any]) -> str | None:
-    if impl.platform is not None and impl.platform != platform:
-        return f"it runs on {impl.platform}, this is {platform}"
-    return impl.supports(platform, **facts)
+def _reason(impl: Impl, device: Device, facts: Sequence[Any] | None) -> str | None:
+    if impl.platform not in (None, device.platform):
+        return f"it runs on {impl.platform}, this is {device.platform}"
+    if facts is None:
+        return None if impl.platform is None else UNKNOWN
+    reasons = (impl.supports(device, each) for each in facts)
+    return next((reason for reason in reasons if reason is not None), None)

@@ -1,7 +1,7 @@
 """The glossary of dimensions, and the small algebra that all layouts are written in.
 
 Knows letters and sizes; knows nothing of arrays' contents, meshes or models. A *dims* string names
-one letter per axis of an array of ours ("E D P F"); a *layout* string describes an array of
+one letter per axis of an array of ours ("E P D F"); a *layout* string describes an array of
 somebody else's, whose axes may fuse several letters ("(N H) D": one axis of size N*H, then D).
 """
 
@@ -47,7 +47,7 @@ _AXIS = re.compile(r"\(([^()]*)\)|(\S+)")
 
 @functools.lru_cache
 def parse(dims: str) -> tuple[str, ...]:
-    """Splits a dims string into its letters: ``"E D P F"`` -> ``("E", "D", "P", "F")``.
+    """Splits a dims string into its letters: ``"E P D F"`` -> ``("E", "P", "D", "F")``.
 
     Raises:
         ValueError: a letter is not in the glossary, or stands twice.

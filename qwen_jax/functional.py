@@ -37,14 +37,15 @@ def load(
     resolving = {k: options.pop(k) for k in _RESOLVE_OPTIONS if k in options}
     location = checkpoint.resolve(model, **resolving)
     if runtime is None:
-        runtime = default_runtime(checkpoint.read_config(location, options.get("overrides")))
+        config = checkpoint.read_config(location, options.get("overrides"))
+        runtime = default_runtime(config, options.get("quantization"))
     loaded = checkpoint.load(location, runtime=runtime, **options)
     return loaded.config, loaded.params, find_tokenizer(loaded)
 
 
-def default_runtime(config: ModelConfig) -> Runtime:
-    """Every device, on the axis that `auto_mesh` says."""
-    return Runtime.make(mesh=auto_mesh(config))
+def default_runtime(config: ModelConfig, quantization: str | None = None) -> Runtime:
+    """Every device, on the axis of `auto_mesh`; ``quantization`` as `Runtime.make` has it."""
+    return Runtime.make(mesh=auto_mesh(config), config=config, quantization=quantization)
 
 
 def auto_mesh(config: ModelConfig, devices: int | None = None) -> dict[str, int]:

@@ -89,6 +89,8 @@ class LLM:
             kv_cache_dtype=kv_cache_dtype,
             kernels=kernels,
             page_size=page_size,
+            config=config,
+            quantization=quantization,
         )
         chunk = prefill_limit(self.runtime, max_num_batched_tokens, max_num_seqs)
         self.plan = make_plan(

@@ -1,20 +1,26 @@
 """The machine a model runs on: mesh, sharding rules, kernels, dtypes, page size, shape buckets.
 
-Knows devices; knows no checkpoint. A `Runtime` is made once, is hashable, and is a static argument
-of every jitted function, so that no choice is made again while the model runs.
+Knows devices; of a model it knows what `kernel_facts` reads from its configuration, and keeps
+nothing of it but the choice of kernels. A `Runtime` is made once, is hashable, and is a static
+argument of every jitted function, so that no choice is made again while the model runs.
 """
 
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 import pallas_kernels  # noqa: F401  (importing the ops registers their implementations)
 from pallas_kernels import registry
+from pallas_kernels.device import Device
+from qwen_jax import kernel_facts
 from qwen_jax import sharding as sharding_lib
 from qwen_jax.sharding import Rules
+from qwen_jax.weights.config import ModelConfig
+from qwen_jax.weights.requantize import requantized
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +129,8 @@ class Runtime:
         page_size: int = 64,
         buckets: Buckets | None = None,
         devices: Sequence | None = None,
+        config: ModelConfig | None = None,
+        quantization: str | None = None,
     ) -> "Runtime":
         """Resolves every "auto" once, and logs what was decided and why.
 
@@ -135,6 +143,9 @@ class Runtime:
             page_size: token positions per page, a power of two.
             buckets: shapes to compile for.
             devices: the devices of the mesh; default all.
+            config: of the model that will run; without it "auto" takes the kernels that run
+                anything, because the others have sizes they need.
+            quantization: how its weights will be requantised on load, None for as they are.
 
         Raises:
             ValueError: an unknown name, an impossible mesh, or a kernel that cannot run here.
@@ -143,8 +154,8 @@ class Runtime:
         rules = sharding_lib.strategy(strategy)
         for _, axes in rules.table:
             sharding_lib.ways(mesh, axes)  # raises where the mesh has no such axis
-        platform = mesh.devices.flat[0].platform
-        dtype = _activation_dtype(dtype, platform)
+        device = Device.of(mesh.devices.flat[0])
+        dtype = _activation_dtype(dtype, device.platform)
         if kv_cache_dtype == "auto":
             kv_cache_dtype = dtype
         if kv_cache_dtype not in KV_DTYPES:
@@ -153,10 +164,20 @@ class Runtime:
             )
         if page_size < 1 or page_size & (page_size - 1):
             raise ValueError(f"page_size={page_size} is not a power of two; use 16 to 256")
+        facts = {}
+        if config is not None:
+            facts = kernel_facts.of(
+                requantized(config, quantization) if quantization else config,
+                mesh=mesh,
+                rules=rules,
+                dtype=dtype,
+                kv_dtype=KV_DTYPES[kv_cache_dtype],
+                page_size=page_size,
+            )
         return cls(
             mesh=mesh,
             rules=rules,
-            kernels=_choose_kernels(kernels, platform),
+            kernels=_choose_kernels(kernels, device, facts),
             dtype=dtype,
             kv_dtype=kv_cache_dtype,
             page_size=page_size,
@@ -174,14 +195,16 @@ def _activation_dtype(dtype: str, platform: str) -> str:
     return dtype
 
 
-def _choose_kernels(wanted: str | Mapping[str, str], platform: str) -> tuple[tuple[str, str], ...]:
+def _choose_kernels(
+    wanted: str | Mapping[str, str], device: Device, facts: Mapping[str, Sequence[Any]]
+) -> tuple[tuple[str, str], ...]:
     table = dict.fromkeys(OPS, wanted) if isinstance(wanted, str) else dict(wanted)
     unknown = sorted(set(table) - set(OPS))
     if unknown:
         raise ValueError(f"kernels: {unknown} are no ops; the ops are {', '.join(OPS)}")
     chosen = []
     for op in OPS:
-        choice = registry.choose(op, table.get(op, "auto"), platform)
+        choice = registry.choose(op, table.get(op, "auto"), device, facts.get(op))
         for name, reason in choice.reasons.items():
             log.info("%s: not %s: %s", op, name, reason)
         log.info("%s: %s", op, choice.name)

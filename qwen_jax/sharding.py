@@ -167,7 +167,7 @@ def spec(
     """The partition of an array in ``dims``; ``.`` stands for an axis that has no letter.
 
     Args:
-        dims: e.g. ``"E D P F"``, or ``"T . H"``.
+        dims: e.g. ``"E P D F"``, or ``"T . H"``.
         mesh: the mesh.
         rules: letter -> mesh axes.
         sizes: the size per letter; with it, divisibility is checked.

@@ -81,7 +81,7 @@ def ragged_dot(x, w, group_sizes, *, first_expert=0, activation=None) -> np.ndar
 
     Args:
         x: [M, D].
-        w: [E, D, F] or, with ``activation="swiglu"``, [E, D, 2, F].
+        w: [E, D, F] or, with ``activation="swiglu"``, [E, 2, D, F].
         group_sizes: [R].
         first_expert: the expert that w[0] is.
     """
@@ -93,7 +93,7 @@ def ragged_dot(x, w, group_sizes, *, first_expert=0, activation=None) -> np.ndar
         if not 0 <= e < w.shape[0]:
             continue
         if activation == "swiglu":
-            out[i] = silu(x[i] @ w[e, :, 0]) * (x[i] @ w[e, :, 1])
+            out[i] = silu(x[i] @ w[e, 0]) * (x[i] @ w[e, 1])
         else:
             out[i] = x[i] @ w[e]
     return out
@@ -126,7 +126,7 @@ def paged_context(pages, scales, page_table_row, length: int):
         page, slot = page_table_row[position // page_size], position % page_size
         entry = exact(pages[page, slot])
         if scales is not None:
-            entry = entry * exact(scales[page, slot])[:, None]
+            entry = entry * exact(scales[page, :, slot])[:, None]
         kv.append(entry)
     kv = np.stack(kv)
     return kv[:, 0::2], kv[:, 1::2]

@@ -23,7 +23,7 @@ def test_dummy_weights_of_a_preset_have_its_shapes_cut_as_asked():
     loaded = load("Qwen3-30B-A3B", load_format="dummy", overrides=cut, runtime=one_device())
     assert loaded.directory is None
     assert loaded.generation_config == {}
-    assert loaded.params.layers[0].mlp.gate_up.shape == (8, 64, 2, 32)
+    assert loaded.params.layers[0].mlp.gate_up.shape == (8, 2, 64, 32)
     assert loaded.params.layers[0].attn.q.shape == (64, 32, 128)
     assert len(loaded.params.layers) == 1
 

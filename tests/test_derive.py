@@ -56,8 +56,8 @@ def test_abstract_has_the_dtypes_of_storage():
     fp8 = config(quantization_config=fp8_storage(2))
     layer = derive.abstract(fp8, "float32").layers[0]
     gate_up = layer.mlp.gate_up
-    assert (gate_up.values.shape, gate_up.values.dtype) == ((8, 128, 2, 64), jnp.float8_e4m3fn)
-    assert (gate_up.scale.shape, gate_up.scale.dtype) == ((8, 1, 2, 1), jnp.bfloat16)
+    assert (gate_up.values.shape, gate_up.values.dtype) == ((8, 2, 128, 64), jnp.float8_e4m3fn)
+    assert (gate_up.scale.shape, gate_up.scale.dtype) == ((8, 2, 1, 1), jnp.bfloat16)
     assert layer.mlp.router.dtype == layer.attn_norm.dtype == jnp.float32
     int8 = dataclasses.replace(
         config(), quantization=QuantConfig("int8", None, derive.KEPT_EXACT, "float32")

@@ -55,8 +55,8 @@ def test_a_block_of_128_is_whole_heads_or_parts_of_one(head_dim, heads_and_eleme
 
 def test_separate_tensors_share_no_scale():
     row = params.table(presets.preset("Qwen3-30B-A3B-FP8")).layers[0].mlp.gate_up
-    assert derive.blocks(row, FP8) == (1, 128, 1, 128)
-    assert derive.blocks(row, dataclasses.replace(FP8, block=(64, 32))) == (1, 32, 1, 64)
+    assert derive.blocks(row, FP8) == (1, 1, 128, 128)
+    assert derive.blocks(row, dataclasses.replace(FP8, block=(64, 32))) == (1, 1, 32, 64)
 
 
 def test_a_block_may_not_run_over_the_edge_between_fused_letters():
@@ -72,5 +72,5 @@ def test_per_channel_blocks_span_what_is_summed_over():
     layer = params.table(presets.preset("Qwen3-30B-A3B")).layers[0]
     assert derive.blocks(layer.attn.q, PER_CHANNEL) == (2048, 1, 1)
     assert derive.blocks(layer.attn.o, PER_CHANNEL) == (32, 128, 1)
-    assert derive.blocks(layer.mlp.gate_up, PER_CHANNEL) == (1, 2048, 1, 1)
+    assert derive.blocks(layer.mlp.gate_up, PER_CHANNEL) == (1, 1, 2048, 1)
     assert derive.blocks(layer.mlp.down, PER_CHANNEL) == (1, 768, 1)

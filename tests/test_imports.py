@@ -11,23 +11,39 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 _ORDER = """
+pallas_kernels.device
 pallas_kernels.registry
 pallas_kernels.precision
 pallas_kernels.narrow
 pallas_kernels.buffers
+pallas_kernels.tuning
+pallas_kernels.ragged_dot.facts
+pallas_kernels.ragged_dot.tpu_groups
+pallas_kernels.ragged_dot.tpu_kernel
+pallas_kernels.ragged_dot.tpu_config
+pallas_kernels.ragged_dot.tpu
 pallas_kernels.ragged_dot.xla
 pallas_kernels.ragged_dot
 pallas_kernels.ragged_dot.cases
+pallas_kernels.paged_attention.facts
+pallas_kernels.paged_attention.schedule
 pallas_kernels.paged_attention.xla
+pallas_kernels.paged_attention.tpu_packing
+pallas_kernels.paged_attention.tpu_walk
+pallas_kernels.paged_attention.tpu_copies
+pallas_kernels.paged_attention.tpu_attend
+pallas_kernels.paged_attention.tpu_kernel
+pallas_kernels.paged_attention.tpu
 pallas_kernels.paged_attention
 pallas_kernels.paged_attention.cases
+pallas_kernels.segment_attention.facts
 pallas_kernels.segment_attention.xla
+pallas_kernels.segment_attention.tpu
 pallas_kernels.segment_attention
 pallas_kernels
 
 qwen_jax.dims
 qwen_jax.sharding
-qwen_jax.runtime
 
 qwen_jax.weights
 qwen_jax.weights.config
@@ -39,6 +55,8 @@ qwen_jax.weights.config_json
 qwen_jax.weights.params
 qwen_jax.weights.derive
 qwen_jax.weights.requantize
+qwen_jax.kernel_facts
+qwen_jax.runtime
 qwen_jax.weights.copying
 qwen_jax.weights.safetensors_header
 qwen_jax.weights.safetensors

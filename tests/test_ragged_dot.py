@@ -35,11 +35,11 @@ def split(M: int, shares) -> np.ndarray:
 
 
 def inputs(M, D, F, *, E=R, activation=None, dtype="float32", seed=0):
-    """Zero-mean x [M, D] and w [E, D, (2,) F], of the size that keeps outputs near 1."""
+    """Zero-mean x [M, D] and w [E, (2,) D, F], of the size that keeps outputs near 1."""
     rng = np.random.default_rng(seed)
     pair = (2,) if activation else ()
     x = oracles.round_to(rng.standard_normal((M, D)), dtype)
-    w = rng.standard_normal((E, D, *pair, F)) / np.sqrt(D)
+    w = rng.standard_normal((E, *pair, D, F)) / np.sqrt(D)
     return x, oracles.round_to(w, dtype)
 
 
@@ -168,14 +168,14 @@ def test_shards_on_a_mesh_add_up_to_the_whole(M):
 @pytest.mark.parametrize(
     ("form", "blocks"),
     [
-        pytest.param("int8", (1, 40, 1, 1), id="per channel"),
-        pytest.param("float8_e4m3fn", (1, 16, 1, 16), id="blocks with partial edges"),
-        pytest.param("int8", (2, 3, 2, 7), id="blocks no strip fits, across experts and the pair"),
-        pytest.param("float8_e4m3fn", (6, 64, 2, 64), id="one scale for all"),
+        pytest.param("int8", (1, 1, 40, 1), id="per channel"),
+        pytest.param("float8_e4m3fn", (1, 1, 16, 16), id="blocks with partial edges"),
+        pytest.param("int8", (2, 2, 3, 7), id="blocks no strip fits, across experts and the pair"),
+        pytest.param("float8_e4m3fn", (6, 2, 64, 64), id="one scale for all"),
     ],
 )
 def test_scales_multiply_their_own_block(form, blocks, M):
-    shape = (R, 40, 2, 24)
+    shape = (R, 2, 40, 24)
     x, w = inputs(M, 40, 24, activation="swiglu")
     rng = np.random.default_rng(1)
     if form == "int8":
@@ -248,8 +248,8 @@ def compiled(case: cases.Case, dtype, weight, blocks=None):
         ("cpu-bench", "whole/prefill-512/down", "float32", "float32", None),
         ("30B-A3B", "ep8/decode-32/gate_up", "bfloat16", "bfloat16", None),
         ("30B-A3B", "ep8/decode-8/down", "bfloat16", "int8", (1, 768, 1)),
-        ("30B-A3B", "whole/decode-8/gate_up", "float32", "float8_e4m3fn", (1, 128, 1, 128)),
-        ("480B-A35B", "whole/prefill-512/gate_up", "bfloat16", "float8_e4m3fn", (1, 128, 1, 128)),
+        ("30B-A3B", "whole/decode-8/gate_up", "float32", "float8_e4m3fn", (1, 1, 128, 128)),
+        ("480B-A35B", "whole/prefill-512/gate_up", "bfloat16", "float8_e4m3fn", (1, 1, 128, 128)),
     ],
 )
 def test_no_more_than_one_expert_is_ever_copied(model, name, dtype, weight, blocks):
@@ -273,7 +273,7 @@ def test_only_experts_with_rows_are_read_and_once_per_item(M, monkeypatch):
         return run
 
     monkeypatch.setattr(xla._Experts, "strips", counted(xla._Experts.strips))
-    monkeypatch.setattr(xla._Experts, "matrix", counted(xla._Experts.matrix))
+    monkeypatch.setattr(xla._Experts, "matrices", counted(xla._Experts.matrices))
     x, w = inputs(M, 32, 8)
     sizes = split(M, ROUTINGS["ragged"])
     jax.block_until_ready(jax.jit(lambda *args: ragged_dot(*args))(x, w, sizes))

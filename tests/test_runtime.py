@@ -7,15 +7,18 @@ import pytest
 from jax.sharding import Mesh
 
 from pallas_kernels import registry
+from pallas_kernels.device import Device
 from qwen_jax import runtime as runtime_lib
 from qwen_jax.runtime import Buckets, Runtime, ladder
 from qwen_jax.sharding import Rules
+from qwen_jax.weights import presets
 
+MODEL = presets.preset("Qwen3-30B-A3B")
 PICKY = registry.Impl(
-    "ragged_dot", "picky", None, lambda platform, **facts: "it never runs", lambda *args: None
+    "ragged_dot", "picky", "cpu", lambda device, facts: "it never runs", lambda *args: None
 )
-GOOD = registry.Impl("ragged_dot", "good", None, lambda platform, **facts: None, lambda *args: None)
-ELSEWHERE = registry.Impl("ragged_dot", "tpu", "tpu", lambda platform, **facts: None, lambda: None)
+GOOD = registry.Impl("ragged_dot", "good", None, lambda device, facts: None, lambda *args: None)
+ELSEWHERE = registry.Impl("ragged_dot", "far", "tpu", lambda device, facts: None, lambda: None)
 
 
 @pytest.fixture
@@ -42,11 +45,11 @@ def test_every_op_has_the_reference_implementation_here():
 def test_auto_takes_the_first_that_runs_and_logs_why_not_the_others(implementations, caplog):
     implementations(PICKY, ELSEWHERE, GOOD)
     with caplog.at_level(logging.INFO, "qwen_jax.runtime"):
-        runtime = Runtime.make()
+        runtime = Runtime.make(config=MODEL)
     assert runtime.kernel("ragged_dot") == "good"
     messages = [record.getMessage() for record in caplog.records]
     assert "ragged_dot: not picky: it never runs" in messages
-    assert "ragged_dot: not tpu: it runs on tpu, this is cpu" in messages
+    assert "ragged_dot: not far: it runs on tpu, this is cpu" in messages
     assert "ragged_dot: good" in messages
 
 
@@ -55,7 +58,34 @@ def test_a_kernel_asked_for_by_name_is_taken_or_raises_with_its_reason(implement
     runtime = Runtime.make(kernels={"ragged_dot": "xla"})
     assert runtime.kernel("ragged_dot") == runtime.kernel("paged_attention") == "xla"
     with pytest.raises(ValueError, match=r"ragged_dot: .*'picky' cannot run here: it never runs"):
-        Runtime.make(kernels={"ragged_dot": "picky"})
+        Runtime.make(kernels={"ragged_dot": "picky"}, config=MODEL)
+
+
+def test_without_a_config_kernels_with_needs_are_passed_over(implementations, caplog):
+    implementations(PICKY, GOOD)
+    with caplog.at_level(logging.INFO, "qwen_jax.runtime"):
+        assert Runtime.make().kernel("ragged_dot") == "good"
+    messages = [record.getMessage() for record in caplog.records]
+    assert f"ragged_dot: not picky: {registry.UNKNOWN}" in messages
+
+
+def test_kernels_are_asked_about_this_model_on_this_mesh(implementations):
+    asked = []
+    curious = lambda device, facts: asked.append((device, facts))
+    implementations(registry.Impl("ragged_dot", "curious", "cpu", curious, lambda *args: None))
+    kinds = {"mesh": "expert=4,tensor=2", "strategy": "ep+tp", "config": MODEL}
+    assert Runtime.make(**kinds).kernel("ragged_dot") == "curious"
+    assert {device for device, _ in asked} == {Device("cpu", "cpu")}
+    assert [(f.experts, f.inner, f.outer, f.w_dtype) for _, f in asked] == [
+        (32, 2048, 384, "float32"),
+        (32, 384, 2048, "float32"),
+    ]
+    asked.clear()
+    Runtime.make(**kinds, quantization="int8")
+    assert [(f.w_dtype, f.blocks) for _, f in asked] == [
+        ("int8", (1, 1, 2048, 1)),
+        ("int8", (1, 768, 1)),
+    ]
 
 
 @pytest.mark.parametrize(

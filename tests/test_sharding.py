@@ -111,13 +111,13 @@ RULES = Rules.of(E="expert", N="tensor", F="tensor", V=("expert", "tensor"))
 
 def test_a_spec_looks_every_letter_up_on_its_own():
     mesh = make_mesh("expert=4,tensor=2")
-    assert sharding.spec("E D P F", mesh, RULES) == PartitionSpec("expert", None, None, "tensor")
+    assert sharding.spec("E P D F", mesh, RULES) == PartitionSpec("expert", None, None, "tensor")
     assert sharding.spec("D V", mesh, RULES) == PartitionSpec(None, ("expert", "tensor"))
     assert sharding.spec(". N .", mesh, RULES) == PartitionSpec(None, "tensor", None)
 
 
 def test_mesh_axes_of_size_one_do_not_appear():
-    assert sharding.spec("E D P F", make_mesh("tensor=2"), RULES)[0] is None
+    assert sharding.spec("E P D F", make_mesh("tensor=2"), RULES)[0] is None
     assert sharding.spec("D V", make_mesh("expert=2"), RULES) == PartitionSpec(None, "expert")
 
 

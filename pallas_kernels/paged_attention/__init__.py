@@ -1,7 +1,7 @@
 """Causal attention of a ragged batch over a paged key/value cache, which it also writes.
 
 Knows rows, pages and positions; knows no layer, rotary embedding, mesh or allocator.
-Implementations: `xla`. This module checks what they all rely on.
+Implementations: `xla`, `tpu`. This module checks what they all rely on.
 """
 
 import jax
@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from pallas_kernels import registry
-from pallas_kernels.paged_attention import xla
+from pallas_kernels.paged_attention import tpu, xla
+from pallas_kernels.paged_attention.facts import Facts as Facts
 
+registry.register(tpu.IMPL)
 registry.register(xla.IMPL)
 
 LARGEST = xla.LARGEST
@@ -53,8 +55,9 @@ def paged_attention(
         kv_lens: int32 [B], length of each row's context including its new tokens.
         page_table: int32 [B, W]; position p is in page ``page_table[b, p // page_size]``.
         sm_scale: multiplies the scores.
-        scales: None, or float32 [num_pages, page_size, 2K]: one scale per token and combined head,
-            written as ``amax / 448`` (float8) or ``amax / 127`` (int8). int8 pages need it.
+        scales: None, or float32 [num_pages, 2K, page_size]: one scale per combined head and token,
+            written as ``amax / 448`` (float8) or ``amax / 127`` (int8). int8 pages need it. (With
+            positions last no lane of a TPU is padding.)
         impl: the implementation's name, as `registry.choose` gave it.
 
     Returns:
@@ -113,11 +116,12 @@ def _check_dtype(pages, scales) -> None:
             f"paged_attention: pages are {name}; use float32, bfloat16, float16 or {list(LARGEST)}"
         )
     if name == "int8" and scales is None:
-        raise ValueError("paged_attention: int8 pages need scales [num_pages, page_size, 2K]")
+        raise ValueError("paged_attention: int8 pages need scales [num_pages, 2K, page_size]")
     if scales is not None and name not in LARGEST:
         raise ValueError(f"paged_attention: {name} pages take no scales; pass scales=None")
-    if scales is not None and scales.shape != pages.shape[:3]:
+    num_pages, page_size, heads, _ = pages.shape
+    if scales is not None and scales.shape != (num_pages, heads, page_size):
         raise ValueError(
             f"paged_attention: scales {scales.shape} for pages {pages.shape}; "
-            f"needs {pages.shape[:3]}"
+            f"needs {(num_pages, heads, page_size)}"
         )

@@ -26,6 +26,9 @@ from flax import struct
 from jax import lax
 
 from pallas_kernels import narrow, registry
+from pallas_kernels.device import Device
+from pallas_kernels.paged_attention.facts import Facts
+from pallas_kernels.paged_attention.schedule import Rows
 from pallas_kernels.precision import exact
 
 # Largest magnitude of each narrow cache dtype.
@@ -45,7 +48,7 @@ def paged_attention(
     """`pallas_kernels.paged_attention`, on checked arguments, as a tuple (out, pages, scales)."""
     if q_TNH.shape[0] == 0:
         return q_TNH, pages, scales
-    rows = _Rows(row_starts, kv_lens)
+    rows = Rows(row_starts, kv_lens)
     num_pages, page_size = pages.shape[:2]
     # Entries behind a row's context may be anything; whole blocks of them are read, and masked.
     table = jnp.clip(page_table, 0, num_pages - 1)
@@ -73,55 +76,7 @@ class _Cache:
     def read_scales(self, page, combined_head):
         """Their scales: [..., page_size]."""
         assert self.scales is not None
-        return self.scales.at[page, :, combined_head].get(mode="promise_in_bounds")
-
-
-@struct.dataclass
-class _Tiles:
-    """int32 [tiles] each: the row, its first flat token, how many, and that token's position."""
-
-    row: jax.Array
-    token: jax.Array
-    tokens: jax.Array
-    position: jax.Array
-
-
-@struct.dataclass
-class _Rows:
-    """Where each row's tokens stand in the batch and in its context."""
-
-    start: jax.Array
-    kv_lens: jax.Array
-
-    @property
-    def lengths(self):
-        """int32 [B], new tokens of each row."""
-        return self.start[1:] - self.start[:-1]
-
-    def single(self, T: int) -> _Tiles:
-        """One tile for each of T flat tokens; padding behind the last row has ``tokens`` 0."""
-        token = jnp.arange(T, dtype=jnp.int32)
-        row = jnp.sum(token[:, None] >= self.start[1:], axis=1, dtype=jnp.int32)
-        row = jnp.minimum(row, self.kv_lens.shape[0] - 1)
-        tokens = (token < self.start[-1]).astype(jnp.int32)
-        return _Tiles(row, token, tokens, (self.kv_lens - self.start[1:])[row] + token)
-
-    def tiles(self, wanted, height: int, most: int):
-        """Cuts the rows chosen by ``wanted`` [B] into tiles of up to ``height`` tokens.
-
-        Returns:
-            The number of tiles, and `_Tiles` of the static size ``most`` (a bound on the number).
-        """
-        lengths = jnp.where(wanted, self.lengths, 0)
-        tiles_B = -(-lengths // height)
-        last_B = jnp.cumsum(tiles_B)
-        tile = jnp.arange(most, dtype=jnp.int32)
-        row = jnp.sum(tile[:, None] >= last_B, axis=1, dtype=jnp.int32)
-        row = jnp.minimum(row, lengths.shape[0] - 1)
-        offset = (tile - (last_B - tiles_B)[row]) * height
-        tokens = jnp.where(tile < last_B[-1], jnp.clip(lengths[row] - offset, 0, height), 0)
-        position = (self.kv_lens - self.lengths)[row] + offset
-        return last_B[-1], _Tiles(row, self.start[row] + offset, tokens, position)
+        return self.scales.at[page, combined_head].get(mode="promise_in_bounds")
 
 
 def quantize(x, dtype):
@@ -147,7 +102,7 @@ def _write(k_TKH, v_TKH, cache, rows):
         kv = kv.astype(cache.dtype)
     else:
         kv, scale = quantize(kv, cache.dtype)
-        scales = scales.at[slots].set(scale, mode="drop")
+        scales = scales.at[slots[0], :, slots[1]].set(scale, mode="drop")
     pages = cache.pages.at[slots].set(narrow.as_bytes(kv), mode="drop")
     return cache.replace(pages=pages, scales=scales)
 
@@ -156,10 +111,7 @@ def _attend(q_TNH, cache, rows, sm_scale):
     T, N, _ = q_TNH.shape
     B = rows.kv_lens.shape[0]
     out = jnp.zeros_like(q_TNH)
-    if T <= B:
-        count, tiles = jnp.minimum(rows.start[-1], T), rows.single(T)
-    else:
-        count, tiles = rows.tiles(rows.lengths == 1, 1, min(T, B))
+    count, tiles = rows.one_token(T)
     # Tiles that advance together should be of like length; those of no tokens go last.
     order = jnp.argsort(jnp.where(tiles.tokens > 0, tiles.position, jnp.iinfo(jnp.int32).max))
     tiles = jax.tree.map(lambda a: a[order], tiles)
@@ -175,7 +127,7 @@ def _attend(q_TNH, cache, rows, sm_scale):
     if T <= B:
         return out
     height = max(1, min(T, TALL_ROWS // N))
-    count, tiles = rows.tiles(rows.lengths > 1, height, T // height + min(B, T // 2))
+    count, tiles = rows.longer(T, height)
     return _walk(out, q_TNH, cache, sm_scale, count, tiles, height, 1)
 
 
@@ -252,7 +204,7 @@ def _online(q, cache, tiles, sm_scale, height):
     return acc / jnp.where(total > 0, total, 1.0)[..., None]
 
 
-def supports(platform: str, **facts) -> str | None:
+def supports(device: Device, facts: Facts) -> str | None:
     """Runs every case on every platform."""
     return None
 

@@ -1,7 +1,7 @@
 """Routed expert products: each row times the matrix of its own expert, SwiGLU fused if wanted.
 
 Knows rows sorted by expert, group sizes and quantisation scales; knows no router, no mesh and no
-layer. Implementations: `xla`. This module checks what they all rely on.
+layer. Implementations: `tpu` (Mosaic) and `xla`. This module checks what they all rely on.
 """
 
 import math
@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import registry
-from pallas_kernels.ragged_dot import xla
+from pallas_kernels.ragged_dot import tpu, xla
+from pallas_kernels.ragged_dot.facts import Facts as Facts
 
+registry.register(tpu.IMPL)
 registry.register(xla.IMPL)
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "int8")
@@ -33,13 +35,14 @@ def ragged_dot(
 
     Args:
         x_MD: float [M, D], rows sorted by expert.
-        w: [E, D, F]; with ``activation="swiglu"`` [E, D, 2, F] holding (gate, up). float32,
+        w: [E, D, F]; with ``activation="swiglu"`` [E, 2, D, F] holding (gate, up): whole matrices,
+            because a pair next to F would be interleaved in the tiles of a TPU's memory. float32,
             bfloat16, float8_e4m3fn or int8.
         group_sizes: int32 [R], how many rows each of ALL the experts has, in order.
         scale: None, or float, w's rank: ``w[i] * scale[i // blocks]`` is the weight meant.
         blocks: elements of each axis of w that share one entry of ``scale``; the last block of an
             axis may be partial.
-        activation: None, or ``"swiglu"``: ``silu(x @ w[:, :, 0]) * (x @ w[:, :, 1])``.
+        activation: None, or ``"swiglu"``: ``silu(x @ w[:, 0]) * (x @ w[:, 1])``.
         first_expert: w holds the experts ``first_expert .. first_expert + E - 1`` of the R; may be
             a traced int32 scalar, so that shards of one program differ.
         impl: the implementation's name, as `registry.choose` gave it.
@@ -75,11 +78,11 @@ def _check(x_MD, w, group_sizes, scale, blocks, activation) -> None:
     if activation not in (None, "swiglu"):
         raise ValueError(f'ragged_dot: activation {activation!r}; use None or "swiglu"')
     rank = 4 if activation else 3
-    dims = "[E, D, 2, F]" if activation else "[E, D, F]"
-    if w.ndim != rank or (activation and w.shape[2] != 2):
+    dims = "[E, 2, D, F]" if activation else "[E, D, F]"
+    if w.ndim != rank or (activation and w.shape[1] != 2):
         raise ValueError(f"ragged_dot: w has shape {w.shape}, activation={activation} needs {dims}")
-    if x_MD.ndim != 2 or x_MD.shape[1] != w.shape[1]:
-        raise ValueError(f"ragged_dot: x {x_MD.shape} is not [M, D={w.shape[1]}] of w {w.shape}")
+    if x_MD.ndim != 2 or x_MD.shape[1] != w.shape[-2]:
+        raise ValueError(f"ragged_dot: x {x_MD.shape} is not [M, D={w.shape[-2]}] of w {w.shape}")
     if jnp.dtype(w.dtype).name not in WEIGHT_DTYPES:
         raise ValueError(f"ragged_dot: w is {w.dtype}; use one of {WEIGHT_DTYPES}")
     if not jnp.issubdtype(x_MD.dtype, jnp.floating) or x_MD.dtype.itemsize < 2:

@@ -1,11 +1,23 @@
 """Named real shapes of `ragged_dot`: one list for tests, benchmarks and tuning.
 
-Knows the published models' expert sizes and how strategies cut them; knows no checkpoint and no
-weights.
+Knows the published models' expert sizes, how strategies cut them and how weights are stored; knows
+no checkpoint and no weights.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.device import Device, tpu_info
+from pallas_kernels.program import Program
+from pallas_kernels.ragged_dot import ragged_dot, tpu, tpu_config
+from pallas_kernels.ragged_dot.facts import Facts
+from pallas_kernels.ragged_dot.tpu_kernel import GRANULE
 
 # Model: width D, hidden width F of an expert, experts R, experts per token A.
 MODELS = {
@@ -15,15 +27,24 @@ MODELS = {
     # The random model that the CPU benchmark times beside transformers.
     "cpu-bench": (1024, 256, 64, 8),
 }
+PUBLISHED = ("30B-A3B", "235B-A22B", "480B-A35B")
 DECODE_TOKENS = (1, 8, 32, 128, 256)
 PREFILL_TOKENS = (512, 2048, 8192)
 # Shard: ways the experts are split, ways each expert's F is split.
-SHARDS = {"whole": (1, 1), "ep8": (8, 1), "tp4": (1, 4)}
+SHARDS = {
+    "whole": (1, 1),
+    "ep4": (4, 1),
+    "ep8": (8, 1),
+    "ep16": (16, 1),
+    "tp2": (1, 2),
+    "tp4": (1, 4),
+}
+FORMS = ("bf16", "fp8", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call: x [rows, inner] times w [experts, inner, (2,) outer], routed over ``total``."""
+    """One call: x [rows, inner] times w [experts, (2,) inner, outer], routed over ``total``."""
 
     name: str
     rows: int
@@ -36,8 +57,33 @@ class Case:
     @property
     def w_shape(self) -> tuple[int, ...]:
         """Shape of w."""
-        pair = (2,) if self.activation else ()
-        return (self.experts, self.inner, *pair, self.outer)
+        return self.facts("bf16").w_shape
+
+    @property
+    def active(self) -> float:
+        """Experts held here that have rows, if the router is uniform: the mean."""
+        return self.experts * (1 - (1 - 1 / self.total) ** self.rows)
+
+    def facts(self, form: str) -> Facts:
+        """As one device would be told; weights in one of `FORMS`, bfloat16 rows.
+
+        "fp8" has the published checkpoints' blocks of 128x128, "int8" one scale per channel.
+        """
+        own = Facts(
+            self.experts,
+            self.inner,
+            self.outer,
+            self.activation,
+            x_dtype="bfloat16",
+            w_dtype={"bf16": "bfloat16", "fp8": "float8_e4m3fn", "int8": "int8"}[form],
+            out_dtype="bfloat16" if self.activation else "float32",
+        )
+        if form == "bf16":
+            return own
+        last = (128, 128) if form == "fp8" else (self.inner, 1)
+        blocks = (1, *((1,) if self.activation else ()), *last)
+        scale = "bfloat16" if form == "fp8" else "float32"
+        return dataclasses.replace(own, blocks=blocks, scale_dtype=scale)
 
 
 def cases(model: str, shard: str = "whole") -> Iterator[Case]:
@@ -55,3 +101,73 @@ def cases(model: str, shard: str = "whole") -> Iterator[Case]:
         name = f"{model}/{shard}/{kind}-{tokens}"
         yield Case(f"{name}/gate_up", tokens * A, D, F, E, R, "swiglu")
         yield Case(f"{name}/down", tokens * A, F, D, E, R, None)
+
+
+def programs(device: Device) -> Iterator[Program]:
+    """Every case of the published models that the device's kernel supports, in every form."""
+    for model in PUBLISHED:
+        for shard in SHARDS:
+            for case in cases(model, shard):
+                for form in FORMS:
+                    facts = case.facts(form)
+                    whole = facts.blocks is None or facts.inner % facts.blocks[-2] == 0
+                    if whole and tpu.supports(device, facts) is None:
+                        yield _program(case, form, device)
+
+
+def _program(case: Case, form: str, device: Device) -> Program:
+    facts = case.facts(form)
+    spec = jax.ShapeDtypeStruct
+    scale = None if facts.scale_shape is None else spec(facts.scale_shape, facts.scale_dtype)
+    args = (
+        spec((case.rows, case.inner), jnp.bfloat16),
+        spec(facts.w_shape, facts.w_dtype),
+        spec((case.total,), jnp.int32),
+        scale,
+    )
+    call = functools.partial(
+        ragged_dot, blocks=facts.blocks, activation=case.activation, out_dtype=facts.out_dtype
+    )
+    weights = case.active * math.prod(facts.w_shape[1:]) * jnp.dtype(facts.w_dtype).itemsize
+    own = math.ceil(case.rows * case.experts / case.total)
+    # Rows of other shards are written too, as zeros.
+    written = case.rows * case.outer * jnp.dtype(facts.out_dtype).itemsize
+    trips, read = _walk(case, facts, device)
+    return Program(
+        f"ragged_dot/{case.name}/{form}",
+        lambda x, w, sizes, scale: call(x, w, sizes, scale=scale, impl="tpu"),
+        args,
+        make=functools.partial(_make, case, args),
+        moved=weights + own * case.inner * 2 + written,
+        flops=2 * own * math.prod(facts.w_shape[1:]),
+        copied=weights + read * case.inner * 2 + written,
+        trips=trips,
+        baselines={"xla": lambda x, w, sizes, scale: call(x, w, sizes, scale=scale, impl="xla")},
+    )
+
+
+def _walk(case: Case, facts: Facts, device: Device) -> tuple[tuple[float, ...], float]:
+    """How often the kernel's loops run under uniform routing, and how many rows it reads."""
+    config = tpu_config.choose(facts, case.rows, case.total, device)
+    tiles = case.outer // tpu_config.cores(facts, tpu_info(device.kind)) // config.columns
+    group = case.rows * case.experts / case.total / case.active
+    # A group of n rows that starts anywhere touches (n - 1) / 16 + 1 granules on average.
+    read = (group - 1) + GRANULE
+    row_tiles = math.ceil(read / config.rows)
+    if row_tiles > 1:
+        read *= tiles
+    return (case.active, *((tiles,) if tiles > 1 else ()), row_tiles), case.active * read
+
+
+def _make(case: Case, args, seed: int) -> tuple:
+    """Random rows, weights and scales, and groups as a uniform router fills them."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.multinomial(case.rows, [1 / case.total] * case.total).astype(np.int32)
+    keys = iter(jax.random.split(jax.random.key(seed), len(args)))
+
+    def one(spec):
+        drawn = jax.random.normal(next(keys), spec.shape, jnp.bfloat16)
+        return (drawn * (32 if spec.dtype == jnp.int8 else 1)).astype(spec.dtype)
+
+    x, w, _, scale = args
+    return one(x), one(w), jnp.asarray(sizes), None if scale is None else one(scale)

@@ -9,16 +9,15 @@ sliced matrix before multiplying it. Here the product is written as elementwise 
 which XLA fuses with the slice: the weights are read once, where they lie, converted in registers if
 they are narrow, and both cores take half.
 
-    y[c, m, n] = sum_{j < J} x[m, c, j] * w[expert, c, j, n]       D = C * J, unrolled over j
-    y[m, n]    = sum_c y[c, m, n]
+    y[c, m, p, n] = sum_{j < J} x[m, c, j] * w[expert, p, c, j, n]     D = C * J, unrolled over j
+    y[m, p, n]    = sum_c y[c, m, p, n]
 
-`_wide` (prefill). Each active expert's matrix is sliced (and dequantised) once; an inner loop
-multiplies tiles of `TILE` of its rows by it with an ordinary dot.
-
+`_wide` (prefill). Each active expert's matrices are sliced (and dequantised) once; an inner loop
+multiplies tiles of `TILE` of its rows by them with ordinary dots.
 """
 
 import functools
-import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,9 @@ from jax import lax
 
 from pallas_kernels import narrow, registry
 from pallas_kernels.buffers import hidden_zero, zeros_after
+from pallas_kernels.device import Device
 from pallas_kernels.precision import exact
+from pallas_kernels.ragged_dot.facts import Facts
 
 SKINNY_MEAN = 4
 HEIGHTS = (1, 2, 4)
@@ -40,7 +41,7 @@ def ragged_dot(x_MD, w, group_sizes, *, scale, blocks, activation, first_expert,
     M = x_MD.shape[0]
     if M == 0:
         return jnp.zeros((0, w.shape[-1]), out_dtype)
-    experts = _Experts(w, scale, blocks, activation)
+    experts = _Experts.of(w, scale, blocks)
     mean = M / group_sizes.shape[0]
     form = _skinny if mean <= SKINNY_MEAN else _wide
     return form(x_MD, experts, _spans(group_sizes, first_expert, w.shape[0]), out_dtype)
@@ -48,65 +49,69 @@ def ragged_dot(x_MD, w, group_sizes, *, scale, blocks, activation, first_expert,
 
 @struct.dataclass
 class _Experts:
-    """The weights with what is needed to read one expert of them."""
+    """The weights [E, P, D, F] (P matrices per expert) with what is needed to read one of them."""
 
     w: jax.Array
     scale: jax.Array | None
     blocks: tuple[int, ...] | None = struct.field(pytree_node=False)
-    activation: str | None = struct.field(pytree_node=False)
 
-    @property
-    def width(self) -> int:
-        """Columns of one expert's matrix: F, or 2 F for a (gate, up) pair."""
-        return math.prod(self.w.shape[2:])
+    @classmethod
+    def of(cls, w, scale, blocks) -> "_Experts":
+        if w.ndim == 3:
+            w, blocks = w[:, None], blocks and (blocks[0], 1, *blocks[1:])
+            scale = None if scale is None else scale[:, None]
+        return cls(w, scale, blocks)
 
     def strip(self) -> int:
         """J: how many rows of a matrix one partial sum takes; never across a scale's border."""
-        D = self.w.shape[1]
-        block = D if self.blocks is None else self.blocks[1]
+        D = self.w.shape[2]
+        block = D if self.blocks is None else self.blocks[2]
         return next(J for J in STRIPS if D % J == 0 and (block >= D or block % J == 0))
 
     def scales(self, e, strip: int):
-        """The scales of expert ``e``: [D // strip or 1, width or 1], one row per strip of D."""
+        """The scales of expert ``e``: [P, D // strip or 1, F], one row per strip of D."""
         assert self.scale is not None
         assert self.blocks is not None
         scale = lax.dynamic_index_in_dim(self.scale, e // self.blocks[0], keepdims=False)
         scale = scale.astype(jnp.float32)
-        sizes = (self.w.shape[1] // strip, *self.w.shape[2:])
-        blocks = (max(1, self.blocks[1] // strip), *self.blocks[2:])
+        _, P, D, F = self.w.shape
+        sizes, (_, pair, rows, columns) = (P, D // strip, F), self.blocks
+        blocks = (pair, max(1, rows // strip), columns)
         for axis, (size, block) in enumerate(zip(sizes, blocks, strict=True)):
-            if axis == 0 and scale.shape[0] == 1:
+            if axis == 1 and scale.shape[1] == 1:
                 continue
             scale = jnp.repeat(scale, block, axis)[(slice(None),) * axis + (slice(size),)]
-        return scale.reshape(scale.shape[0], -1)
+        return scale
 
     def strips(self, e, J: int):
-        """For each j < J, rows j, J + j, 2 J + j ... of expert ``e``, float32 [D / J, 1, width]."""
-        E, D = self.w.shape[:2]
+        """For each j < J, rows j, J + j, 2 J + j ... of expert ``e``, float32 [D / J, 1, P, F]."""
+        E, P, D, F = self.w.shape
         w, at = narrow.bytes_at(self.w, e)
         if w is not self.w:
             # The view of a float8 array as bytes fuses with one slice, not with J of them.
             w, at, E = lax.dynamic_slice_in_dim(w, at, 1), jnp.zeros_like(at), 1
-        w = w.reshape(E, D // J, J, self.width)
+        w = w.reshape(E, P, D // J, J, F)
         for j in range(J):
-            strip = lax.dynamic_slice(w, (at, 0, j, 0), (1, D // J, 1, self.width))[0]
-            yield narrow.from_bytes(strip, self.w.dtype).astype(jnp.float32)
+            strip = lax.dynamic_slice(w, (at, 0, 0, j, 0), (1, P, D // J, 1, F))[0]
+            strip = narrow.from_bytes(strip, self.w.dtype).astype(jnp.float32)
+            yield strip.transpose(1, 2, 0, 3)
 
-    def matrix(self, e, dtype):
-        """Expert ``e`` as a plain [D, width] matrix: the product with the scale rounded once."""
+    def matrices(self, e, dtype) -> list[jax.Array]:
+        """Expert ``e`` as P plain [D, F] matrices: the product with the scale rounded once."""
         w, e = narrow.bytes_at(self.w, e)
-        w = lax.dynamic_index_in_dim(w, e, keepdims=False)
-        w = narrow.from_bytes(w.reshape(w.shape[0], -1), self.w.dtype)
-        if self.scale is None:
-            return w.astype(dtype)
-        return (w.astype(jnp.float32) * self.scales(e, 1)).astype(dtype)
+        P = w.shape[1]
+        w = w.reshape(-1, *w.shape[2:])
+        each = [lax.dynamic_index_in_dim(w, e * P + p, keepdims=False) for p in range(P)]
+        each = [narrow.from_bytes(matrix, self.w.dtype) for matrix in each]
+        if self.scale is not None:
+            scales = self.scales(e, 1)
+            each = [m.astype(jnp.float32) * s for m, s in zip(each, scales, strict=True)]
+        return [matrix.astype(dtype) for matrix in each]
 
-    def activate(self, y):
-        """SwiGLU of [m, 2 F] in float32, if there is a pair."""
-        if self.activation is None:
-            return y
-        F = self.w.shape[-1]
-        return jax.nn.silu(y[:, :F]) * y[:, F:]
+
+def _activate(y: Sequence[jax.Array]) -> jax.Array:
+    """SwiGLU in float32 of a pair of products; one alone as it is."""
+    return y[0] if len(y) == 1 else jax.nn.silu(y[0]) * y[1]
 
 
 @struct.dataclass
@@ -169,12 +174,12 @@ def _rows_by_strips(x_MD, experts, e, first, *, height, padded):
     J = experts.strip()
     row = jnp.minimum(first + jnp.arange(height), M - 1)
     x = x_MD[row].reshape(height, D // J, J).astype(jnp.float32)
-    terms = [x[:, :, j].T[:, :, None] * w for j, w in enumerate(experts.strips(e, J))]
+    terms = [x[:, :, j].T[:, :, None, None] * w for j, w in enumerate(experts.strips(e, J))]
     y = functools.reduce(jnp.add, terms)
     if experts.scale is not None:
-        y = y * experts.scales(e, J)[:, None]
+        y = y * experts.scales(e, J).swapaxes(0, 1)[:, None]
     y = _own_loop(y, hidden_zero(first)).sum(0)
-    return jnp.pad(experts.activate(y), ((0, padded - height), (0, 0)))
+    return jnp.pad(_activate(y.swapaxes(0, 1)), ((0, padded - height), (0, 0)))
 
 
 def _own_loop(y, zero):
@@ -195,14 +200,17 @@ def _wide(x_MD, experts, spans, out_dtype):
     count, expert_I, first_I, end_I = spans.items(M, min(E, M))
 
     def expert(i, out):
-        matrix = experts.matrix(expert_I[i], x_MD.dtype)
+        matrices = experts.matrices(expert_I[i], x_MD.dtype)
 
         def rows(t, out):
             begin = first_I[i] + t * tile
             start = jnp.minimum(begin, M - tile)
             x = lax.dynamic_slice_in_dim(x_MD, start, tile)
-            y = jnp.dot(x, matrix, precision=exact(x), preferred_element_type=jnp.float32)
-            y = experts.activate(y)
+            y = [
+                jnp.dot(x, w, precision=exact(x), preferred_element_type=jnp.float32)
+                for w in matrices
+            ]
+            y = _activate(y)
             row = start + jnp.arange(tile)
             mine = ((row >= begin) & (row < end_I[i]))[:, None]
             old = lax.dynamic_slice_in_dim(out, start, tile)
@@ -214,7 +222,7 @@ def _wide(x_MD, experts, spans, out_dtype):
     return lax.fori_loop(0, count, expert, zeros_after(x_MD, (M, experts.w.shape[-1]), out_dtype))
 
 
-def supports(platform: str, **facts) -> str | None:
+def supports(device: Device, facts: Facts) -> str | None:
     """Runs every case on every platform."""
     return None
 

@@ -1,6 +1,6 @@
 """Bidirectional attention inside segments of a flat sequence: pictures side by side in one batch.
 
-Knows segments; knows no page, layer, rotary embedding or mesh. Implementations: `xla`.
+Knows segments; knows no page, layer, rotary embedding or mesh. Implementations: `xla`, `tpu`.
 This module checks what they all rely on.
 """
 
@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import registry
-from pallas_kernels.segment_attention import xla
+from pallas_kernels.segment_attention import tpu, xla
+from pallas_kernels.segment_attention.facts import Facts as Facts
 
+registry.register(tpu.IMPL)
 registry.register(xla.IMPL)
 
 

@@ -16,7 +16,9 @@ from jax import lax
 
 from pallas_kernels import registry
 from pallas_kernels.buffers import map_rows
+from pallas_kernels.device import Device
 from pallas_kernels.precision import exact
+from pallas_kernels.segment_attention.facts import Facts
 
 TILE = 256
 BLOCK = 512
@@ -33,10 +35,10 @@ def segment_attention(q_UNH, k_UNH, v_UNH, segment_starts, sm_scale):
     def one(q_tNH, low_t, high_t):
         return _tile(q_tNH, low_t, high_t, k_UNH, v_UNH, sm_scale, block)
 
-    return map_rows(one, q_UNH, *_seen(segment_starts, U), tile=TILE)
+    return map_rows(one, q_UNH, *seen(segment_starts, U), tile=TILE)
 
 
-def _seen(segment_starts, U):
+def seen(segment_starts, U):
     """int32 [U] twice: the first element of each element's segment, and the one behind it."""
     element = jnp.arange(U, dtype=jnp.int32)
     segment = jnp.searchsorted(segment_starts[1:], element, side="right").astype(jnp.int32)
@@ -85,7 +87,7 @@ def _tile(q_tNH, low_t, high_t, k_UNH, v_UNH, sm_scale, block):
     return jnp.einsum("NtH->tNH", out).astype(q_tNH.dtype)
 
 
-def supports(platform: str, **facts) -> str | None:
+def supports(device: Device, facts: Facts) -> str | None:
     """Runs every case on every platform."""
     return None
 

@@ -198,6 +198,8 @@ def _machine(args: argparse.Namespace, config: "ModelConfig", devices: Any) -> d
         kv_cache_dtype=args.kv_cache_dtype,
         kernels=args.kernels,
         page_size=args.page_size,
+        config=config,
+        quantization=args.quantization,
     )
     found = {
         "devices": len(devices),

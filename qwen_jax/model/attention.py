@@ -87,7 +87,7 @@ def _paged(q_TNH, k_TKH, v_TKH, batch, pages, scales, config, runtime):
     def spec(dims: str):
         return sharding_lib.spec(dims, mesh, rules)
 
-    heads, cache, cache_scales = spec(". N ."), spec(". . K ."), spec(". . K")
+    heads, cache, cache_scales = spec(". N ."), spec(". . K ."), spec(". K .")
     return sharding_lib.per_shard(
         local,
         mesh,

@@ -28,7 +28,7 @@ class KVCache:
 
     Attributes:
         pages: per layer [pages, page_size, 2K, H]: the key of head j at 2j, its value at 2j + 1.
-        scales: per layer float32 [pages, page_size, 2K] for int8 and fp8 pages, else None.
+        scales: per layer float32 [pages, 2K, page_size] for int8 and fp8 pages, else None.
     """
 
     pages: tuple[jax.Array, ...]
@@ -68,7 +68,8 @@ def abstract_cache(config: TextConfig, runtime: Runtime, num_pages: int) -> KVCa
 
     shape = (num_pages, runtime.page_size, heads, config.head_dim)
     pages = one(". . K .", shape, dtype)
-    scales = one(". . K", shape[:3], jnp.float32) if dtype.itemsize == 1 else None
+    per_head = (num_pages, heads, runtime.page_size)
+    scales = one(". K .", per_head, jnp.float32) if dtype.itemsize == 1 else None
     layers = config.num_hidden_layers
     return KVCache((pages,) * layers, (scales,) * layers)
 

@@ -84,7 +84,7 @@ def moe(
         local,
         mesh,
         in_specs=(
-            _weight_spec(weights.gate_up, "E D P F", runtime),
+            _weight_spec(weights.gate_up, "E P D F", runtime),
             _weight_spec(weights.down, "E F D", runtime),
             replicated,
             replicated,

@@ -5,7 +5,7 @@ row: the letters of our array, the Hugging Face tensor it comes from, and that t
 `table(config)` lays the rows out as the tree of one model; `derive.py` gets shapes, random weights,
 shardings and counts from it, and `hf.py` the loading, each with one `jax.tree.map`.
 
-    Moe().gate_up       the row               Param("E D P F", "mlp.experts.{E}.{P}_proj.weight", …)
+    Moe().gate_up       the row               Param("E P D F", "mlp.experts.{E}.{P}_proj.weight", …)
     table(config)       the rows of a model   Weights(embed=Param, layers=(Layer(…), …), …)
 
 To add a weight, add a row. Nothing else needs to hear of it but the function that uses it.
@@ -106,7 +106,7 @@ class Moe:
 
     router: Weight = _matrix("D R", "mlp.gate.weight", "R D", over="D")
     gate_up: Weight = _matrix(
-        "E D P F",
+        "E P D F",
         "mlp.experts.{E}.{P}_proj.weight",
         "F D",
         over="D",

@@ -1,0 +1,100 @@
+"""The compiler's static schedule of one TPU kernel, read from what libtpu dumps.
+
+Knows the dump's files (``--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true``) and cycles; knows no
+kernel. A bundle is what a core issues in one cycle; how often a loop's bundles run is not in the
+schedule, so the kernel's author says it, loop by loop.
+"""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Sequence
+
+from jax.experimental.pallas import tpu as pltpu
+
+# "0x12f LB: >>> { … }": address, control target, loop depth, instructions.
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s*(?:[A-Z]{2})?\s*:\s*(>*)\s*\{(\})?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Bundles of a kernel.
+
+    Attributes:
+        total: all, each counted once.
+        nest: bundles at each depth of the deepest loop nest, the outermost loop first.
+        spills: registers written to memory because there are too few.
+    """
+
+    total: int
+    nest: tuple[int, ...]
+    spills: int
+
+    def cycles(self, trips: Sequence[float]) -> float:
+        """Cycles when the loops of the nest run ``trips[0]``, ``trips[0] * trips[1]`` … times.
+
+        What is outside of the nest counts once; what is under a condition counts as taken.
+
+        Raises:
+            ValueError: as many trips as loops are needed.
+        """
+        if len(trips) != len(self.nest):
+            raise ValueError(f"{len(trips)} trips {trips} for a nest of {len(self.nest)} loops")
+        cycles, times = self.total - sum(self.nest), 1.0
+        for bundles, trip in zip(self.nest, trips, strict=True):
+            times *= trip
+            cycles += bundles * times
+        return cycles
+
+
+def read(directory: pathlib.Path, kernel: str) -> Schedule:
+    """The schedule of the one kernel in a dump whose name starts with ``kernel``.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    pattern = re.compile(rf"\d+-{kernel}[^-]*-\d+-final_bundles\.txt")
+    found = [path for path in sorted(directory.iterdir()) if pattern.fullmatch(path.name)]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} kernels named {kernel}* in {directory}; one is needed")
+    name = found[0].name.rsplit("-", 2)[0]
+    (table,) = directory.glob(f"{name}-*-final_hlo-static-per-bundle-utilization.txt")
+    return parse(found[0].read_text(), table.read_text())
+
+
+def parse(bundles: str, utilization: str) -> Schedule:
+    """A schedule from the texts of its bundles and of their table of used slots."""
+    depths = []
+    for found in filter(None, map(_BUNDLE.match, bundles.splitlines())):
+        # An empty bundle at the edge of a region shows no depth: it belongs where it stands.
+        inherits = depths and found[2] and not found[1]
+        depths.append(depths[-1] if inherits else len(found[1]))
+    nests, nest = [], []
+    for depth in [*depths, 0]:
+        if depth:
+            nest.append(depth)
+        elif nest:
+            nests.append(nest)
+            nest = []
+    deepest = max(nests, key=max, default=[])
+    levels = range(1, max(deepest, default=0) + 1)
+    return Schedule(len(depths), tuple(deepest.count(level) for level in levels), _spills(utilization))
+
+
+def _spills(utilization: str) -> int:
+    header, _, rows = utilization.partition("== UTILIZATION:")
+    names = [name.strip() for name in header.strip().splitlines()[1].split(",")]
+    column = names.index("VSTORE:SPILL")
+    lines = (line.split() for line in rows.splitlines())
+    return sum(int(line[column]) for line in lines if line and all(x.isdigit() for x in line))
+
+
+def clock(info: pltpu.TpuInfo) -> float:
+    """Cycles per second: what makes the matrix units reach the chip's stated rate.
+
+    A matrix unit takes one row of bfloat16 per cycle, from v6e on two (seen in the schedules of
+    large products).
+    """
+    rows = 2 if info.generation >= 6 else 1
+    per_cycle = info.num_mxus * info.mxu_column_size**2 * 2 * rows
+    return info.bf16_ops_per_second / per_cycle
