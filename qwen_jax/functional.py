@@ -13,7 +13,7 @@ import numpy as np
 
 from qwen_jax import generation as loop
 from qwen_jax import sampling
-from qwen_jax.model.cache import make_cache, pack
+from qwen_jax.model.cache import make_cache, pack, row_ways
 from qwen_jax.prompt.tokenizer import Tokenizer
 from qwen_jax.runtime import Runtime
 from qwen_jax.weights import checkpoint
@@ -102,7 +102,8 @@ def generate(
     size = runtime.buckets.pick("rows", len(tokens))
     longest = max(map(len, tokens)) + max_new_tokens
     width = runtime.buckets.pick("pages", -(-longest // runtime.page_size))
-    table = np.arange(size * width, dtype=np.int32).reshape(size, width)
+    # Where rows are split over devices, neighbours share one, with all of their pages.
+    table, ways = np.arange(size * width, dtype=np.int32).reshape(size, width), row_ways(runtime)
     flat = runtime.buckets.pick("tokens", sum(map(len, tokens)))
     rows = _rows(config, settings, len(tokens), size, max_new_tokens)
     features = sampling.Features.of(rows.sampling)
@@ -111,7 +112,7 @@ def generate(
         config,
         runtime,
         pack(tokens, [0] * len(tokens), table, num_tokens=flat),
-        make_cache(config.text, runtime, size * width),
+        make_cache(config.text, runtime, -(-size // ways) * ways * width),
         rows,
         _counts(config, tokens, size) if features.penalties else None,
         options=loop.Options(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from qwen_jax import dims as dims_lib
 from qwen_jax import sharding as sharding_lib
-from qwen_jax.model.cache import page_bytes
+from qwen_jax.model.cache import page_bytes, row_ways
 from qwen_jax.runtime import Runtime
 from qwen_jax.weights import derive
 from qwen_jax.weights.config import ModelConfig
@@ -81,7 +81,7 @@ def _work(
     experts, others = _weight_bytes(config, runtime)
     moved = experts * _share_of_experts(config, tokens) + others
     kv_token = page_bytes(text, runtime) / runtime.page_size
-    moved += kv_tokens * kv_token / _ways(runtime, "K")
+    moved += kv_tokens * kv_token / (_ways(runtime, "K") * row_ways(runtime))
     # A token multiplies each weight it uses once; the head sees only the rows' last tokens.
     head = text.vocab_size * text.hidden_size
     products = tokens * (derive.count_active(config) - head) + rows * head

@@ -7,8 +7,8 @@ another mapping:
 
 Each letter of a dims string is looked up on its own, so one mapping shards weights, activations and
 cache alike. A size that does not divide, or a mesh axis used twice in one array, raises with the
-letter and the numbers: nothing is replicated without being asked to be, with one stated exception,
-`replicate_kv`.
+letter and the numbers: nothing is replicated without being asked to be, with two stated exceptions:
+`replicate_kv`, and the tokens T of a step, which stay whole where they do not divide (`constrain`).
 """
 
 import dataclasses
@@ -67,6 +67,25 @@ STRATEGIES: Mapping[str, Rules] = {
     # Attention and head use every device as tensor parallelism, experts use them all as experts.
     "tp-attention+ep": Rules.of(
         E=("expert", "tensor"), N=("expert", "tensor"), K=("expert", "tensor"), V="tensor"
+    ),
+    # Each row, with its pages, is on one device of data and expert, and experts use every device.
+    "dp-attention+ep": Rules.of(
+        B=("data", "expert"),
+        E=("data", "expert", "tensor"),
+        N="tensor",
+        K="tensor",
+        I="tensor",
+        V="tensor",
+    ),
+    # The same, with the tokens of a step split too: long prompts are projected in parallel.
+    "sp+ep": Rules.of(
+        T=("data", "expert"),
+        B=("data", "expert"),
+        E=("data", "expert", "tensor"),
+        N="tensor",
+        K="tensor",
+        I="tensor",
+        V="tensor",
     ),
 }
 
@@ -218,12 +237,16 @@ def replicate_kv(rules: Rules, mesh: Mesh, kv_heads: int) -> Rules:
 def constrain(x: jax.Array, dims: str, mesh: Mesh, rules: Rules) -> jax.Array:
     """Tells the partitioner how an activation is laid out; nothing on a mesh of one device.
 
+    Tokens that do not divide over the axes of T (a step of few rows) stay whole.
+
     Raises:
         ValueError: as `spec`.
     """
     if mesh.size == 1:
         return x
     sizes = dict(zip(dims.split(), x.shape, strict=True))
+    if sizes.get("T", 0) % ways(mesh, rules.axes("T")):
+        rules = rules.replicate("T")
     place = spec(dims, mesh, rules, sizes, "activation")
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place))
 

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from qwen_jax import cli
-from qwen_jax.model.cache import make_cache
+from qwen_jax.model.cache import abstract_cache, make_cache
 from qwen_jax.planner.chips import CHIPS, Topology
 from qwen_jax.planner.collectives import imbalance, of_step
 from qwen_jax.planner.compiled import collectives_of, compile_step, copies_of
@@ -93,6 +93,14 @@ def test_kv_tokens_are_what_is_left():
     assert plan.fits
 
 
+def pages_of_a_device(config: ModelConfig, runtime: Runtime) -> int:
+    """Bytes of one layer's 16 pages of 16 float32 positions, on each device."""
+    (shape,) = {
+        x.sharding.shard_shape(x.shape) for x in abstract_cache(config.text, runtime, 16).pages
+    }
+    return 4 * math.prod(shape)
+
+
 # ---- messages ----------------------------------------------------------------------------------
 
 
@@ -102,6 +110,7 @@ def test_kv_tokens_are_what_is_left():
         ("moe", {"expert": 4, "tensor": 2}, "ep+tp"),
         ("moe_dense_mix", {"expert": 2, "tensor": 2}, "tp-attention+ep"),
         ("dense", {"tensor": 2}, "tp"),
+        ("moe", {"data": 2, "expert": 2, "tensor": 2}, "dp-attention+ep"),
     ],
 )
 def test_messages_are_those_of_the_compiled_program(variant, mesh, strategy):
@@ -113,7 +122,17 @@ def test_messages_are_those_of_the_compiled_program(variant, mesh, strategy):
         counted[c.op, c.bytes] = counted.get((c.op, c.bytes), 0) + c.count
     assert counted == program.collectives
     assert counted
-    assert program.donated >= 16 * 16 * 2 * config.text.head_dim * 4
+    assert program.donated == config.text.num_hidden_layers * pages_of_a_device(config, runtime)
+
+
+def test_messages_of_split_tokens_are_about_those_of_the_compiled_program():
+    config = small("moe")
+    mesh = {"data": 2, "expert": 2, "tensor": 2}
+    runtime = Runtime.make(mesh=mesh, strategy="sp+ep", dtype="float32", page_size=16)
+    program = compile_step(config, runtime, tokens=24, rows=4, pages=16, table_width=4)
+    compiled = sum(size * count for (_, size), count in program.collectives.items())
+    planned = sum(c.bytes * c.count for c in of_step(config, runtime, tokens=24, rows=4))
+    assert planned == pytest.approx(compiled, rel=0.25)  # XLA chooses what it gathers
 
 
 def test_one_device_sends_nothing():

@@ -257,7 +257,11 @@ def test_a_tile_is_two_mean_groups_high_within_its_limits():
 def test_tiles_fit_every_chip_and_divide_the_columns_of_a_core():
     for kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"):
         info = tpu_info(kind)
-        for inner, outer, pair in ((2048, 768, "swiglu"), (6144, 2560, "swiglu"), (2560, 6144, None)):
+        for inner, outer, pair in (
+            (2048, 768, "swiglu"),
+            (6144, 2560, "swiglu"),
+            (2560, 6144, None),
+        ):
             facts = with_(inner=inner, outer=outer, activation=pair)
             for tokens in (1, 256, 8192):
                 config = tpu_config.choose(facts, 8 * tokens, 128, Device("tpu", kind))

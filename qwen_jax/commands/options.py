@@ -18,7 +18,16 @@ DTYPES = ("bfloat16", "float32")
 KV_DTYPES = ("auto", "bfloat16", "float32", "fp8", "int8")
 LOAD_FORMATS = ("auto", "safetensors", "orbax", "dummy")
 QUANTIZATIONS = ("fp8", "int8")
-STRATEGIES = ("auto", "replicated", "tp", "ep", "ep+tp", "tp-attention+ep")
+STRATEGIES = (
+    "auto",
+    "replicated",
+    "tp",
+    "ep",
+    "ep+tp",
+    "tp-attention+ep",
+    "dp-attention+ep",
+    "sp+ep",
+)
 
 NO_MODEL = (
     "a model is needed: --model with a directory or a hub id, for example "

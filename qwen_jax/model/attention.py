@@ -1,7 +1,7 @@
 """Grouped-query attention of the decoder over the paged cache.
 
-Knows projections, head norms, rotary angles and which devices hold which heads; what happens inside
-one device's pages is `pallas_kernels.paged_attention`.
+Knows projections, head norms, rotary angles and which devices hold which heads and rows; what
+happens inside one device's pages is `pallas_kernels.paged_attention`.
 """
 
 import jax
@@ -12,6 +12,7 @@ from qwen_jax import sharding as sharding_lib
 from qwen_jax.model.cache import RaggedBatch, stored_kv_heads
 from qwen_jax.model.norm import rms_norm
 from qwen_jax.model.rope import apply_rope
+from qwen_jax.model.row_shards import rows_here
 from qwen_jax.runtime import Runtime
 from qwen_jax.weights import quant
 from qwen_jax.weights.config import TextConfig
@@ -69,7 +70,22 @@ def _paged(q_TNH, k_TKH, v_TKH, batch, pages, scales, config, runtime):
             "lie where their key/value heads are; give both letters the same mesh axes"
         )
 
+    holders = rules.axes("B")
+    split = sharding_lib.ways(mesh, holders) > 1
+
     def local(q, k, v, pages, scales, row_starts, kv_lens, page_table):
+        here = None
+        if split:
+            here = rows_here(
+                row_starts,
+                kv_lens,
+                page_table,
+                first_page=sharding_lib.shard_index(mesh, holders) * pages.shape[0],
+                num_pages=pages.shape[0],
+                num_tokens=q.shape[0],
+            )
+            q, k, v = (here.take(x) for x in (q, k, v))
+            row_starts, kv_lens, page_table = here.row_starts, here.kv_lens, here.page_table
         out = paged_attention(
             q,
             k,
@@ -82,15 +98,19 @@ def _paged(q_TNH, k_TKH, v_TKH, batch, pages, scales, config, runtime):
             scales=scales,
             impl=runtime.kernel("paged_attention"),
         )
-        return out.out_TNH, out.pages, out.scales
+        o_TNH = out.out_TNH
+        if here is not None:  # tokens of rows that are elsewhere are 0, so the sum is all of them
+            o_TNH = sharding_lib.reduce_over(here.put_back(o_TNH), mesh, holders)
+        return o_TNH, out.pages, out.scales
 
     def spec(dims: str):
         return sharding_lib.spec(dims, mesh, rules)
 
-    heads, cache, cache_scales = spec(". N ."), spec(". . K ."), spec(". K .")
+    heads, cache, cache_scales = spec(". N ."), spec("B . K ."), spec("B K .")
+    whole, wide = spec("."), spec(". .")
     return sharding_lib.per_shard(
         local,
         mesh,
-        in_specs=(heads, heads, heads, cache, cache_scales, spec("."), spec("."), spec(". .")),
+        in_specs=(heads, heads, heads, cache, cache_scales, whole, whole, wide),
         out_specs=(heads, cache, cache_scales),
     )(q_TNH, k_TKH, v_TKH, pages, scales, batch.row_starts, batch.kv_lens, batch.page_table)

@@ -56,8 +56,23 @@ def page_bytes(config: TextConfig, runtime: Runtime) -> int:
     return config.num_hidden_layers * entries * per_entry
 
 
+def row_ways(runtime: Runtime) -> int:
+    """Over how many devices the rows, with their pages, are split."""
+    return sharding_lib.ways(runtime.mesh, runtime.rules.axes("B"))
+
+
 def abstract_cache(config: TextConfig, runtime: Runtime, num_pages: int) -> KVCache:
-    """Shapes, dtypes and shardings of `make_cache`; allocates nothing."""
+    """Shapes, dtypes and shardings of `make_cache`; allocates nothing.
+
+    Raises:
+        ValueError: the pages do not split over the axes of B (each row's pages are on one device).
+    """
+    ways = row_ways(runtime)
+    if num_pages % ways:
+        raise ValueError(
+            f"cache: {num_pages} pages do not split over {'+'.join(runtime.rules.axes('B'))}="
+            f"{ways}; use a multiple of {ways}, or rules.replicate('B')"
+        )
     heads = 2 * stored_kv_heads(config, runtime)
     dtype = jnp.dtype(KV_DTYPES[runtime.kv_dtype])
 
@@ -67,15 +82,15 @@ def abstract_cache(config: TextConfig, runtime: Runtime, num_pages: int) -> KVCa
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     shape = (num_pages, runtime.page_size, heads, config.head_dim)
-    pages = one(". . K .", shape, dtype)
+    pages = one("B . K .", shape, dtype)
     per_head = (num_pages, heads, runtime.page_size)
-    scales = one(". K .", per_head, jnp.float32) if dtype.itemsize == 1 else None
+    scales = one("B K .", per_head, jnp.float32) if dtype.itemsize == 1 else None
     layers = config.num_hidden_layers
     return KVCache((pages,) * layers, (scales,) * layers)
 
 
 def make_cache(config: TextConfig, runtime: Runtime, num_pages: int) -> KVCache:
-    """An empty cache of ``num_pages`` pages, its heads split over the mesh by the rule of K."""
+    """An empty cache of ``num_pages`` pages, split over the mesh by the rules of B (rows) and K."""
     return jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding),
         abstract_cache(config, runtime, num_pages),

@@ -45,21 +45,32 @@ def of_step(config: ModelConfig, runtime: Runtime, *, tokens: int, rows: int) ->
     """The collectives of one step of ``tokens`` tokens in ``rows`` rows."""
     text = config.text
     itemsize = jnp.dtype(runtime.dtype).itemsize
+
+    def part(letters: str) -> int:
+        axes = [axis for letter in letters for axis in runtime.rules.axes(letter)]
+        return sharding_lib.ways(runtime.mesh, axes)
+
+    split = part("T") if tokens % part("T") == 0 else 1
     stream = tokens * text.hidden_size * itemsize
+    head = tokens * text.head_dim * itemsize
+    queries = head * text.num_attention_heads // part("N")
+    keys = head * max(1, text.num_key_value_heads // part("K"))
+    layers = text.num_hidden_layers
     sparse = sum(not isinstance(layer.mlp, Mlp) for layer in table(config).layers)
-    dense = text.num_hidden_layers - sparse
     wanted = [
-        ("all-reduce", "embedding", stream, 1, "V"),
-        ("all-reduce", "attention", stream, text.num_hidden_layers, "N"),
+        ("all-reduce", "embedding", stream // split, 1, part("V")),
+        ("all-reduce", "attention", stream // split, layers, part("N")),
+        ("all-reduce", "rows", queries, layers, part("B")),
         # Partial sums of experts are added in float32.
-        ("all-reduce", "experts", tokens * text.hidden_size * 4, sparse, "EF"),
-        ("all-reduce", "dense MLP", stream, dense, "I"),
-        ("all-gather", "logits", rows * text.vocab_size * 4, 1, "V"),
+        ("all-reduce", "experts", tokens * text.hidden_size * 4, sparse, part("EF")),
+        ("all-reduce", "dense MLP", stream // split, layers - sparse, part("I")),
+        ("all-gather", "logits", rows * text.vocab_size * 4, 1, part("V")),
+        ("all-gather", "queries", queries, layers, split),
+        ("all-gather", "keys", keys, 2 * layers, split),
+        ("all-gather", "tokens for experts", stream, sparse, split),
     ]
     found = []
-    for op, where, size, count, letters in wanted:
-        axes = [axis for letter in letters for axis in runtime.rules.axes(letter)]
-        ways = sharding_lib.ways(runtime.mesh, axes)
+    for op, where, size, count, ways in wanted:
         if ways > 1 and count:
             found.append(Collective(op, where, size, count, ways))
     return found

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType
 from qwen_jax import roofline
 from qwen_jax import sharding as sharding_lib
 from qwen_jax.engine.capacity import weight_bytes
-from qwen_jax.model.cache import page_bytes
+from qwen_jax.model.cache import page_bytes, row_ways
 from qwen_jax.planner.chips import Topology
 from qwen_jax.planner.collectives import Collective, imbalance, of_step
 from qwen_jax.runtime import ACTIVATION_DTYPES, KV_DTYPES, Runtime
@@ -97,7 +97,7 @@ class Plan:
     Attributes:
         topology, mesh, strategy, rules, load: what was planned.
         limit: bytes that may be used.
-        weights, cache, temporary: bytes; ``cache`` of batch * context tokens.
+        weights, cache, temporary: bytes; ``cache`` of this device's share of the rows.
         kv_tokens: tokens that the cache could hold, if it took all that is left.
         decode, prefill: the bounds of a decode step and of a prefill chunk.
         imbalance: of expert weights read by the busiest device in decode, against the average.
@@ -171,7 +171,8 @@ def make_plan(
     weights = weight_bytes(stored, runtime)
     token = page_bytes(config.text, runtime) / runtime.page_size
     token /= sharding_lib.ways(runtime.mesh, runtime.rules.axes("K"))
-    pages = load.batch * math.ceil(load.context / load.page_size)
+    holders = row_ways(runtime)  # each of which has its own rows
+    pages = math.ceil(load.batch / holders) * math.ceil(load.context / load.page_size)
     usable = int(topology.chip.memory * load.utilization)
     temporary = temporary_bytes(stored, runtime, load)
     uneven = imbalance(config, runtime, load.batch)
@@ -185,7 +186,7 @@ def make_plan(
         weights=weights,
         cache=int(pages * load.page_size * token),
         temporary=temporary,
-        kv_tokens=max(0, int((usable - weights - temporary) / token)),
+        kv_tokens=max(0, int((usable - weights - temporary) / token)) * holders,
         decode=_decode_bound(stored, runtime, topology, load, uneven),
         prefill=_prefill_bound(stored, runtime, topology, load),
         imbalance=uneven,

@@ -1,0 +1,138 @@
+"""Every strategy computes what one device computes: prefill, chunks, decode and mixtures."""
+
+import functools
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from qwen_jax import functional
+from qwen_jax.model.cache import make_cache, pack, row_ways
+from qwen_jax.model.row_shards import rows_here
+from qwen_jax.model.step import jit_step
+from qwen_jax.runtime import Buckets, Runtime
+from qwen_jax.sharding import Rules
+from qwen_jax.weights import checkpoint
+
+PAGE = 16
+LENGTHS = (19, 1, 33, 7)
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@functools.cache
+def directory(variant: str) -> str:
+    kept = tempfile.TemporaryDirectory(prefix="tiny-strategies-")
+    _KEPT.append(kept)
+    return str(tiny.write(kept.name, variant))
+
+
+_KEPT: list[tempfile.TemporaryDirectory] = []  # until the run ends
+
+
+def runtime(mesh: str, strategy: str | Rules) -> Runtime:
+    small = Buckets(tokens=(64,), rows=(4,), pages=(4,), new_tokens=(16,))
+    return Runtime.make(
+        mesh=mesh, strategy=strategy, dtype="float32", page_size=PAGE, buckets=small
+    )
+
+
+def table(rows: int, width: int, ways: int) -> tuple[np.ndarray, int]:
+    """Pages in no order, those of a row all in one of ``ways`` pieces; and how many pages."""
+    per_piece = -(-rows // ways) * width
+    rng = np.random.default_rng(1)
+    pieces = [rng.permutation(per_piece) + i * per_piece for i in range(ways)]
+    taken = [0] * ways
+    found = np.zeros((rows, width), np.int32)
+    for row in range(rows):
+        piece = (row * 5 + 1) % ways  # neighbours in the batch are on other devices
+        found[row] = pieces[piece][taken[piece] : taken[piece] + width]
+        taken[piece] += width
+    return found, per_piece * ways
+
+
+@functools.cache
+def three_steps(variant: str, mesh: str, strategy: str) -> list[np.ndarray]:
+    """Logits of a first chunk of every prompt, of the rest with a decoding row, and of a decode."""
+    machine = runtime(mesh, strategy)
+    loaded = checkpoint.load(checkpoint.resolve(directory(variant)), runtime=machine)
+    prompts = [tiny.prompt(n, loaded.config.text.vocab_size, seed=n) for n in LENGTHS]
+    pages, count = table(4, 4, row_ways(machine))
+    cache = make_cache(loaded.config.text, machine, count)
+    cache = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache)
+    halves = [-(-n // 2) for n in LENGTHS]
+    new = [np.array([n % 7], np.int32) for n in LENGTHS]
+    parts = (
+        ([p[:h] for p, h in zip(prompts, halves, strict=True)], [0] * 4, 64),
+        (
+            [
+                p[h:] if h < len(p) else new[b]
+                for b, (p, h) in enumerate(zip(prompts, halves, strict=True))
+            ],
+            halves,
+            64,
+        ),
+        ([*new[:1], [], *new[2:]], [LENGTHS[0], 2, *LENGTHS[2:]], 4),
+    )
+    found = []
+    for rows, cached, size in parts:
+        batch = pack(rows, cached, pages, num_tokens=size)
+        out = jit_step(loaded.params, loaded.config, machine, batch, cache, logits="all")
+        cache = out.cache
+        found.append(np.asarray(out.logits)[: sum(map(len, rows))])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mesh", "strategy"),
+    [
+        ("data=8", "dp-attention+ep"),
+        ("data=2,expert=2,tensor=2", "dp-attention+ep"),
+        ("expert=4,tensor=2", "sp+ep"),
+        ("data=2,expert=2,tensor=2", "sp+ep"),
+        ("expert=4,tensor=2", "ep+tp"),
+        ("expert=2,tensor=2", "tp-attention+ep"),
+    ],
+)
+def test_steps_on_eight_devices_equal_steps_on_one(mesh, strategy):
+    wanted = three_steps("moe", "tensor=1", "replicated")
+    for ours, theirs in zip(three_steps("moe", mesh, strategy), wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, **CLOSE)
+
+
+def test_long_rows_and_their_tokens_are_generated_wherever_their_pages_are():
+    prompts = [tiny.prompt(n, 128, seed=n).tolist() for n in (5, 17, 3)]
+    tokens = []
+    for mesh, strategy in (("tensor=1", "replicated"), ("data=4,tensor=2", "dp-attention+ep")):
+        machine = runtime(mesh, strategy)
+        loaded = checkpoint.load(checkpoint.resolve(directory("moe")), runtime=machine)
+        state = functional.generate(
+            loaded.params, loaded.config, prompts, max_new_tokens=8, runtime=machine
+        )
+        tokens.append(np.asarray(state.tokens)[:3, :8])
+    np.testing.assert_array_equal(*tokens)
+
+
+def test_a_device_takes_its_own_rows_to_the_front_and_puts_them_back():
+    row_starts = jnp.array([0, 2, 3, 3, 5])  # two, one, no and two tokens; then padding
+    kv_lens = jnp.array([4, 9, 0, 2])
+    pages = jnp.array([[1, 2], [9, 8], [12, 0], [3, 0]])
+    here = rows_here(row_starts, kv_lens, pages, first_page=0, num_pages=8, num_tokens=7)
+    np.testing.assert_array_equal(here.order[:4], [0, 1, 3, 4])
+    np.testing.assert_array_equal(here.row_starts, [0, 2, 2, 2, 4])
+    np.testing.assert_array_equal(here.kv_lens, [4, 0, 0, 2])
+    x = jnp.arange(7)
+    np.testing.assert_array_equal(here.put_back(here.take(x)), x)
+    there = rows_here(row_starts, kv_lens, pages, first_page=8, num_pages=8, num_tokens=7)
+    np.testing.assert_array_equal(there.order[:1], [2])
+    np.testing.assert_array_equal(there.page_table[1], [1, 0])
+    np.testing.assert_array_equal(there.row_starts, [0, 0, 1, 1, 1])
+
+
+def test_pages_that_do_not_split_are_refused():
+    machine = runtime("data=4,tensor=2", "dp-attention+ep")
+    config = checkpoint.read_config(checkpoint.resolve(directory("moe")))
+    with pytest.raises(ValueError, match=r"6 pages do not split over data\+expert=4"):
+        make_cache(config.text, machine, 6)
