@@ -201,9 +201,7 @@ class Core:
         on_device(flight.land)
         self._waited += time.perf_counter() - began
         self._flights.popleft()
-        passes = 1
-        if flight.step.steps:
-            passes = int(flight.made.count.max())  # type: ignore[union-attr]
+        passes = int(flight.made.count.max()) if flight.step.steps and flight.made else 1
         seconds = self._clock.landed(flight.step, passes)
         if seconds is not None:
             self._scheduler.step_seconds = seconds
@@ -234,7 +232,9 @@ class Core:
         except Exception as error:
             self._fail_form(request, error)
             return
-        self._count(row, before)
+        if len(row.sequence.token_ids) > before:
+            first = request.got_token()
+            self.totals.count(row.sequence, before, first_of_request=first)
         if delta is not None:
             self._send(request, delta)
         if request not in self._requests:  # its sink has failed
@@ -246,16 +246,6 @@ class Core:
         if request.done:
             del self._requests[request]
             self._send(request, request.finish())
-
-    def _count(self, row: Row, before: int) -> None:
-        """Counts the tokens that a row has got since it had ``before``."""
-        got, totals = len(row.sequence.token_ids) - before, self.totals
-        if not got:
-            return
-        if row.request.got_token():
-            totals.prompt_tokens += len(row.sequence.job.prompt)
-        totals.generated_tokens += got
-        totals.decode_tokens += got - (before == 0)
 
     # ---- pages and errors ------------------------------------------------------------------------
 
@@ -297,9 +287,8 @@ class Core:
         rows = [*failure.rows, *(part.row for each in steps for part in each.parts)]
         self._flights.clear()
         for request in dict.fromkeys(row.request for row in rows):
-            cause = failure.__cause__
-            error = DeviceError(f"{request.name}: the device has failed: {cause!r}")
-            error.__cause__ = cause
+            error = DeviceError(f"{request.name}: the device has failed: {failure.__cause__!r}")
+            error.__cause__ = failure.__cause__
             self.fail(request, error, spoiled=True)
         self._start_anew()
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from qwen_jax.engine.sequence import Sequence
+
 
 @dataclasses.dataclass
 class Totals:
@@ -27,6 +29,14 @@ class Totals:
     steps: int = 0
     host_time: float = 0.0
     wait_time: float = 0.0
+
+    def count(self, sequence: Sequence, before: int, *, first_of_request: bool) -> None:
+        """Counts the tokens that a sequence has got since it had ``before``."""
+        got = len(sequence.token_ids) - before
+        if first_of_request:
+            self.prompt_tokens += len(sequence.job.prompt)
+        self.generated_tokens += got
+        self.decode_tokens += got - (before == 0)
 
     def __sub__(self, earlier: "Totals") -> "Totals":
         names = [f.name for f in dataclasses.fields(self)]
