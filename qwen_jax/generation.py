@@ -37,41 +37,30 @@ __all__ = [
     "jit_first",
     "jit_generate",
     "jit_prefill",
+    "logprob_buffers",
     "prefill",
+    "prompt_logprobs",
+    "take",
 ]
 
 _LOGIT_BLOCK = 64  # tokens whose logits exist at once while prompt logprobs are made
 
 
 def prefill(
-    params: Weights,
-    config: ModelConfig,
-    runtime: Runtime,
-    batch: RaggedBatch,
-    cache: KVCache,
-    targets: jax.Array | None,
-    *,
-    num_logprobs: int | None,
-) -> tuple[jax.Array, KVCache, sampling.Logprobs | None]:
+    params: Weights, config: ModelConfig, runtime: Runtime, batch: RaggedBatch, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
     """Takes a chunk of the prompts into the cache.
 
     Args:
         params, config, runtime: the model; the last two static.
         batch: the chunk's tokens.
         cache: what earlier chunks left, or an empty cache; donate it.
-        targets: int32 [T], the token that follows each token of the chunk (-1 for none), where
-            prompt logprobs are wanted.
-        num_logprobs: static; how many best tokens to report with each target, None for no logprobs.
 
     Returns:
-        The stream [B, D] at the last token of each row, the cache, and the targets' logprobs with
-        [T, …] leaves, or None.
+        The stream [B, D] at the last token of each row, and the cache.
     """
     x_TD, cache = forward(params, config, runtime, batch, cache)
-    logprobs = None
-    if num_logprobs is not None:
-        logprobs = _prompt_logprobs(params, config, runtime, x_TD, targets, num_logprobs)
-    return last_of_rows(x_TD, batch), cache, logprobs
+    return last_of_rows(x_TD, batch), cache
 
 
 def first(
@@ -109,9 +98,9 @@ def first(
         taken=zeros,
         finish=jnp.where(rows.max_tokens > 0, RUNNING, LENGTH).astype(jnp.int32),
         counts=counts,
-        logprobs=_logprob_buffers(size, config, options),
+        logprobs=logprob_buffers(size, config, options),
     )
-    return _take(state, unembed(params, x_BD, config, runtime), rows, options)
+    return take(state, unembed(params, x_BD, config, runtime), rows, options)
 
 
 def advance(
@@ -143,7 +132,7 @@ def advance(
         x_TD, cache = forward(params, config, runtime, batch, state.cache)
         logits_BV = unembed(params, last_of_rows(x_TD, batch), config, runtime)
         state = replace(state, cache=cache, kv_lens=batch.kv_lens)
-        return _take(state, logits_BV, rows, options), done + 1
+        return take(state, logits_BV, rows, options), done + 1
 
     return jax.lax.while_loop(unfinished, decode, (state, jnp.int32(0)))[0]
 
@@ -164,7 +153,7 @@ def _decode_batch(state: State, rows: Rows, alive: jax.Array) -> RaggedBatch:
     )
 
 
-def _take(state: State, logits_BV: jax.Array, rows: Rows, options: Options) -> State:
+def take(state: State, logits_BV: jax.Array, rows: Rows, options: Options) -> State:
     """Samples a token for every row alive, and decides which rows have finished."""
     alive = state.finish == RUNNING
     sampled = sampling.sample(
@@ -203,7 +192,8 @@ def _take(state: State, logits_BV: jax.Array, rows: Rows, options: Options) -> S
     )
 
 
-def _logprob_buffers(rows: int, config: ModelConfig, options: Options) -> sampling.Logprobs | None:
+def logprob_buffers(rows: int, config: ModelConfig, options: Options) -> sampling.Logprobs | None:
+    """Room for the logprobs of `State.tokens`, if ``options`` ask for any."""
     k = options.logprobs
     if k is None:
         return None
@@ -217,7 +207,7 @@ def _logprob_buffers(rows: int, config: ModelConfig, options: Options) -> sampli
     )
 
 
-def _prompt_logprobs(params, config, runtime, x_TD, targets_T, k: int) -> sampling.Logprobs:
+def prompt_logprobs(params, config, runtime, x_TD, targets_T, k: int) -> sampling.Logprobs:
     """Logprobs of ``targets``, a block of tokens at a time: [T, V] logits never exist."""
     tokens, width = x_TD.shape
     block = min(_LOGIT_BLOCK, tokens)
@@ -235,7 +225,7 @@ def _prompt_logprobs(params, config, runtime, x_TD, targets_T, k: int) -> sampli
     return jax.tree.map(lambda x: x.reshape(tokens + pad, *x.shape[2:])[:tokens], out)
 
 
-_STATIC = ("config", "runtime", "options", "num_logprobs")
+_STATIC = ("config", "runtime", "options")
 
 
 def _jit(fn, *donated: str):
@@ -260,7 +250,7 @@ def generate(
     options: Options,
 ) -> State:
     """`prefill`, `first`, then `advance` to the end; jitted, one program."""
-    x_BD, cache, _ = prefill(params, config, runtime, batch, cache, None, num_logprobs=None)
+    x_BD, cache = prefill(params, config, runtime, batch, cache)
     where = (batch.page_table, batch.kv_lens)
     state = first(params, config, runtime, x_BD, cache, *where, rows, counts, options=options)
     return advance(params, config, runtime, state, rows, jnp.int32(2**30), options=options)
