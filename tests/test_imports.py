@@ -38,6 +38,7 @@ pallas_kernels.segment_attention.facts
 pallas_kernels.segment_attention.xla
 pallas_kernels.segment_attention.tpu
 pallas_kernels.segment_attention
+pallas_kernels.segment_attention.cases
 pallas_kernels
 
 qwen_jax.dims
