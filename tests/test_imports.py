@@ -14,6 +14,8 @@ _ORDER = """
 pallas_kernels.device
 pallas_kernels.registry
 pallas_kernels.tuning
+pallas_kernels.program
+pallas_kernels.tpu_schedule
 pallas_kernels.narrow
 pallas_kernels.ragged_dot.facts
 pallas_kernels.ragged_dot.tpu_groups
