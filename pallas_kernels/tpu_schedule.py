@@ -6,6 +6,7 @@ schedule, so the kernel's author says it, loop by loop.
 """
 
 import dataclasses
+import itertools
 import pathlib
 import re
 from collections.abc import Sequence
@@ -33,15 +34,17 @@ class Schedule:
     def cycles(self, trips: Sequence[float]) -> float:
         """Cycles when the loops of the nest run ``trips[0]``, ``trips[0] * trips[1]`` … times.
 
-        What is outside of the nest counts once; what is under a condition counts as taken.
+        What is outside of the nest counts once, and what is under a condition as taken. Loops
+        below those that ``trips`` tells of are the compiler's own (v7x moves rows that XLA keeps
+        in VMEM by loads and stores, one granule in a pass): they count as one pass.
 
         Raises:
-            ValueError: as many trips as loops are needed.
+            ValueError: there are more trips than loops.
         """
-        if len(trips) != len(self.nest):
+        if len(trips) > len(self.nest):
             raise ValueError(f"{len(trips)} trips {trips} for a nest of {len(self.nest)} loops")
         cycles, times = self.total - sum(self.nest), 1.0
-        for bundles, trip in zip(self.nest, trips, strict=True):
+        for bundles, trip in itertools.zip_longest(self.nest, trips, fillvalue=1.0):
             times *= trip
             cycles += bundles * times
         return cycles

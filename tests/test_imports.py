@@ -14,9 +14,11 @@ _ORDER = """
 pallas_kernels.device
 pallas_kernels.registry
 pallas_kernels.precision
+pallas_kernels.tuning
+pallas_kernels.program
+pallas_kernels.tpu_schedule
 pallas_kernels.narrow
 pallas_kernels.buffers
-pallas_kernels.tuning
 pallas_kernels.ragged_dot.facts
 pallas_kernels.ragged_dot.tpu_groups
 pallas_kernels.ragged_dot.tpu_kernel
@@ -40,6 +42,7 @@ pallas_kernels.segment_attention.facts
 pallas_kernels.segment_attention.xla
 pallas_kernels.segment_attention.tpu
 pallas_kernels.segment_attention
+pallas_kernels.segment_attention.cases
 pallas_kernels
 
 qwen_jax.dims

@@ -58,7 +58,7 @@ def test_a_large_image_equals_transformers():
         buckets=Buckets(tokens=(1024,), rows=(4,), patches=(4096,), segments=(2,)),
     )
     picture = samples.noise(768, 1024, 3, seed=0)
-    given = llm._inputs.prompt(
+    given = llm.inputs.prompt(
         {"prompt": f"{vision_model.IMAGE}look", "multi_modal_data": {"image": [picture]}}
     )
     assert len(given.token_ids) > 768

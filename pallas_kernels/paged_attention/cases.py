@@ -1,10 +1,21 @@
 """Named real shapes of `paged_attention`: one list for tests, benchmarks and tuning.
 
-Knows the published models' heads and typical batches; knows no allocator and no page contents.
+Knows the published models' heads, typical batches and how caches are stored; knows no allocator and
+no page contents.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.device import Device, tpu_info
+from pallas_kernels.paged_attention import paged_attention, tpu
+from pallas_kernels.paged_attention.facts import Facts
+from pallas_kernels.program import Program
 
 # Model: query heads N, key/value heads K, head dimension H.
 MODELS = {
@@ -16,12 +27,25 @@ MODELS = {
     # The random model that the CPU benchmark times beside transformers.
     "cpu-bench": (16, 4, 64),
 }
+PUBLISHED = ("0.6B", "8B", "30B-A3B", "235B-A22B", "480B-A35B")
+# Shard: ways the heads are split.
+SHARDS = {"whole": 1, "tp4": 4, "tp8": 8}
+# Form of the cache: its dtype, whether it has scales, and page sizes.
+FORMS = {
+    "bf16": ("bfloat16", False, (16, 64, 256)),
+    "fp8": ("float8_e4m3fn", True, (128, 256)),
+    "int8": ("int8", True, (128,)),
+}
 # Batch: new tokens of each row, context of each row including them.
 BATCHES = {
-    "decode-1": ((1,), (512,)),
-    "decode-8": ((1,) * 8, (512,) * 8),
+    "decode-1": ((1,), (4096,)),
+    "decode-8": ((1,) * 8, (1024,) * 8),
+    "decode-32": ((1,) * 32, (1024,) * 32),
+    "decode-128": ((1,) * 128, (1024,) * 128),
+    "decode-256": ((1,) * 256, (1024,) * 256),
     "decode-64-ragged": ((1,) * 64, tuple(range(64, 64 * 65, 64))),
     "prefill-512": ((512,), (512,)),
+    "prefill-2048": ((2048,), (2048,)),
     "prefill-8192": ((8192,), (8192,)),
     "chunk-512-of-8192": ((512,), (8192,)),
     "mixed": ((1,) * 31 + (480,), (1024,) * 31 + (480,)),
@@ -39,6 +63,15 @@ class Case:
     new_tokens: tuple[int, ...]
     kv_lens: tuple[int, ...]
 
+    def facts(self, kv_dtype: str, scaled: bool, page_size: int) -> Facts:
+        """As one device would be told; bfloat16 queries."""
+        heads = self.query_heads, self.kv_heads, self.head_dim
+        return Facts(*heads, page_size, "bfloat16", kv_dtype, scaled)
+
+    def pages_per_row(self, page_size: int) -> int:
+        """Width of the page table."""
+        return -(-max(self.kv_lens) // page_size)
+
 
 def cases(model: str, tensor_ways: int = 1) -> Iterator[Case]:
     """Every batch of `BATCHES` with one shard of a model's heads.
@@ -49,5 +82,66 @@ def cases(model: str, tensor_ways: int = 1) -> Iterator[Case]:
     """
     N, K, H = MODELS[model]
     for batch, (new_tokens, kv_lens) in BATCHES.items():
-        name = f"{model}/tp{tensor_ways}/{batch}"
+        name = f"{model}/{'whole' if tensor_ways == 1 else f'tp{tensor_ways}'}/{batch}"
         yield Case(name, N // tensor_ways, max(1, K // tensor_ways), H, new_tokens, kv_lens)
+
+
+def programs(device: Device) -> Iterator[Program]:
+    """Every case of the published models that the device's kernel supports, in every form."""
+    for model in PUBLISHED:
+        for ways in SHARDS.values():
+            for case in cases(model, ways):
+                for form, (kv_dtype, scaled, page_sizes) in FORMS.items():
+                    for page_size in page_sizes:
+                        facts = case.facts(kv_dtype, scaled, page_size)
+                        if tpu.supports(device, facts) is None:
+                            name = f"paged_attention/{case.name}/{form}/page-{page_size}"
+                            yield _program(name, case, facts, device)
+
+
+def _program(name: str, case: Case, facts: Facts, device: Device) -> Program:
+    B, T, W = len(case.kv_lens), sum(case.new_tokens), case.pages_per_row(facts.page_size)
+    N, K, H = case.query_heads, case.kv_heads, case.head_dim
+    spec = jax.ShapeDtypeStruct
+    new = spec((T, K, H), jnp.bfloat16)
+    pages = spec((B * W, facts.page_size, 2 * K, H), facts.kv_dtype)
+    scales = spec((B * W, 2 * K, facts.page_size), jnp.float32) if facts.scaled else None
+    ints = [spec(shape, jnp.int32) for shape in ((B + 1,), (B,), (B, W))]
+    args = (spec((T, N, H), jnp.bfloat16), new, new, pages, scales, *ints)
+
+    def call(impl, q, k, v, pages, scales, row_starts, kv_lens, page_table):
+        rows = {"row_starts": row_starts, "kv_lens": kv_lens, "page_table": page_table}
+        return paged_attention(q, k, v, pages, **rows, sm_scale=H**-0.5, scales=scales, impl=impl)
+
+    per_position = 2 * K * (H * pages.dtype.itemsize + (4 if facts.scaled else 0))
+    pairs = sum(n * (s - (n - 1) / 2) for n, s in zip(case.new_tokens, case.kv_lens, strict=True))
+    # Queries and results, and the new keys and values in and out.
+    own = T * (4 * N * H + 2 * per_position)
+    read, trips = tpu.walk_lengths(facts, case.new_tokens, case.kv_lens, tpu_info(device.kind))
+    return Program(
+        name,
+        functools.partial(call, "tpu"),
+        args,
+        make=functools.partial(_make, case, args),
+        moved=sum(case.kv_lens) * per_position + own,
+        flops=4 * pairs * N * H,
+        copied=read * per_position + own,
+        trips=trips,
+        baselines={"xla": functools.partial(call, "xla")},
+    )
+
+
+def _make(case: Case, args, seed: int) -> tuple:
+    """Random tokens over a random cache whose pages are handed out in shuffled order."""
+    keys = iter(jax.random.split(jax.random.key(seed), len(args)))
+
+    def one(spec):
+        drawn = jax.random.normal(next(keys), spec.shape, jnp.bfloat16)
+        return (drawn * (32 if spec.dtype == jnp.int8 else 1)).astype(spec.dtype)
+
+    q, k, v, pages, scales = (None if x is None else one(x) for x in args[:5])
+    starts = np.concatenate([[0], np.cumsum(case.new_tokens)]).astype(np.int32)
+    table = np.random.default_rng(seed).permutation(args[3].shape[0]).astype(np.int32)
+    ints = (starts, np.asarray(case.kv_lens, np.int32), table.reshape(args[7].shape))
+    scales = None if scales is None else jnp.abs(scales)
+    return (q, k, v, pages, scales, *map(jnp.asarray, ints))

@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import registry
-from pallas_kernels.device import Device
+from pallas_kernels.device import Device, tpu_info
 from pallas_kernels.paged_attention import tpu_kernel, tpu_packing, tpu_walk, xla
 from pallas_kernels.paged_attention.facts import Facts
 from pallas_kernels.paged_attention.schedule import Rows
@@ -83,7 +83,7 @@ def paged_attention(
     reason = _reason(facts)
     if reason is not None:
         raise ValueError(f"paged_attention: implementation 'tpu' cannot take this: {reason}")
-    info = None if interpret else pltpu.get_tpu_info()
+    info = None if interpret else tpu_info(Device.current().kind)
     cores = cores or (info.num_cores if info else 1)
     rows = Rows(row_starts, kv_lens)
     plain = isinstance(interpret, pltpu.InterpretParams)
@@ -141,6 +141,27 @@ def _shapes(facts: Facts, T: int, table: tuple[int, int], sm_scale: float, plain
     if T > B:
         shapes.append(common(height=height, items=1))
     return shapes
+
+
+def walk_lengths(
+    facts: Facts, new_tokens, kv_lens, info: pltpu.TpuInfo
+) -> tuple[int, tuple[float, ...]]:
+    """What a schedule's time depends on, for benchmarks.
+
+    Returns:
+        Key positions that are copied into VMEM, and how often the loop over steps and the loops in
+        it (pages of a block that is not full) run on each core.
+    """
+    shapes = _shapes(facts, sum(new_tokens), (len(kv_lens), 1), 1.0, False)
+    read, steps, inner = 0, 0, 0.0
+    for n, length in zip(new_tokens, kv_lens, strict=True):
+        shape = shapes[0] if n == 1 else shapes[-1]
+        for end in range(length - n + shape.height, length + shape.height, shape.height):
+            seen = min(end, length)
+            read += seen
+            steps += pl.cdiv(seen, shape.block) / shape.items
+            inner += (seen - 1) % shape.block / facts.page_size
+    return read, (steps / info.num_cores, inner / steps)
 
 
 def _lines(page_table, shape: Shape):

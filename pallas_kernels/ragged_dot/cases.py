@@ -153,7 +153,8 @@ def _walk(case: Case, facts: Facts, device: Device) -> tuple[tuple[float, ...], 
     group = case.rows * case.experts / case.total / case.active
     # A group of n rows that starts anywhere touches (n - 1) / 16 + 1 granules on average.
     read = (group - 1) + GRANULE
-    row_tiles = math.ceil(read / config.rows)
+    # The last row tile of a group is half full on average.
+    row_tiles = max(1.0, read / config.rows + (1 - GRANULE / config.rows) / 2)
     if row_tiles > 1:
         read *= tiles
     return (case.active, *((tiles,) if tiles > 1 else ()), row_tiles), case.active * read

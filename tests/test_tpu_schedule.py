@@ -1,0 +1,61 @@
+"""Reading libtpu's static schedule: depths of loops, what runs how often, spills."""
+
+import pytest
+
+from pallas_kernels import tpu_schedule
+from pallas_kernels.device import tpu_info
+
+BUNDLES = """= control target key start
+LB: loop body
+     0   :  { %s1_s0 = inlined_call_operand.hbm }
+   0x1   :  { %s2 = sshll.u32 %s1, 4 }
+   0x2 LB: > { %s3 = sld [smem:[#allocation7]] }
+   0x3   : > { %s4 = sadd.s32 1, %s3 }
+   0x4   :  { %s5 = smov 1 }
+   0x5 LB: > { %s6 = sld [smem:[#allocation8]] }
+   0x6   :  {} /* End region 3 */
+   0x7 LB: >> { %v1 = vld [vmem:[%s6]] }
+   0x8 PF: >> { %v2 = vld [vmem:[%s7]] }
+   0x9   : >> { %v3 = vld [vmem:[%s8]] }
+   0xa   :  {} /* End region 4 */
+   0xb   : > { %s9 = sadd.s32 1, %s6 }
+   0xc   :  { %10 = shalt.err (!%p1) }
+"""
+UTILIZATION = """== CAPACTIY:
+MXU, VSTORE, VSTORE:SPILL, SALU
+    2     2     2     2
+== UTILIZATION:
+0 1 1 0
+2 0 0 1
+0 2 2 1
+"""
+
+
+def test_bundles_are_counted_at_their_depth_in_the_deepest_nest():
+    schedule = tpu_schedule.parse(BUNDLES, UTILIZATION)
+    assert schedule == tpu_schedule.Schedule(total=13, nest=(3, 4), spills=3)
+
+
+def test_cycles_follow_the_trips_of_the_loops():
+    schedule = tpu_schedule.parse(BUNDLES, UTILIZATION)
+    assert schedule.cycles((10, 5)) == 6 + 3 * 10 + 4 * 50
+    assert schedule.cycles((10,)) == 6 + 7 * 10, "the compiler's own loop: one pass"
+    with pytest.raises(ValueError, match="3 trips .* for a nest of 2 loops"):
+        schedule.cycles((1, 2, 3))
+
+
+def test_one_kernel_is_read_from_a_dump(tmp_path):
+    (tmp_path / "17-ragged_dot_int8.1-71-final_bundles.txt").write_text(BUNDLES)
+    (tmp_path / "17-ragged_dot_int8.1-70-schedule-analysis_final_bundles.txt").write_text("x")
+    table = tmp_path / "17-ragged_dot_int8.1-69-final_hlo-static-per-bundle-utilization.txt"
+    table.write_text(UTILIZATION)
+    assert tpu_schedule.read(tmp_path, "ragged_dot").total == 13
+    with pytest.raises(ValueError, match="0 kernels named attention"):
+        tpu_schedule.read(tmp_path, "attention")
+
+
+@pytest.mark.parametrize(
+    ("kind", "gigahertz"), [("TPU v5e", 1.5), ("TPU v5p", 1.75), ("TPU v6e", 1.75), ("TPU7x", 2.2)]
+)
+def test_the_clock_follows_from_the_matrix_units(kind, gigahertz):
+    assert tpu_schedule.clock(tpu_info(kind)) == pytest.approx(gigahertz * 1e9, rel=0.01)
