@@ -59,6 +59,11 @@ class Rules:
         return ", ".join(f"{k}->{'+'.join(v)}" for k, v in self.table) or "all replicated"
 
 
+def _rows(**letters: str | Sequence[str]) -> Rules:
+    tensor = dict.fromkeys("NKIV", "tensor")
+    return Rules.of({"B": ("data", "expert"), **tensor, **letters})
+
+
 STRATEGIES: Mapping[str, Rules] = {
     "replicated": Rules(),
     "tp": Rules.of(N="tensor", K="tensor", I="tensor", F="tensor", V="tensor"),
@@ -68,25 +73,13 @@ STRATEGIES: Mapping[str, Rules] = {
     "tp-attention+ep": Rules.of(
         E=("expert", "tensor"), N=("expert", "tensor"), K=("expert", "tensor"), V="tensor"
     ),
-    # Each row, with its pages, is on one device of data and expert, and experts use every device.
-    "dp-attention+ep": Rules.of(
-        B=("data", "expert"),
-        E=("data", "expert", "tensor"),
-        N="tensor",
-        K="tensor",
-        I="tensor",
-        V="tensor",
-    ),
+    # Each row, with its pages, is on one device of data and expert; experts use every device, or
+    # their hidden width is split where there are more devices than divide the experts.
+    "dp-attention+ep": _rows(E=("data", "expert", "tensor")),
+    "dp-attention+ep+tp": _rows(E=("data", "expert"), F="tensor"),
     # The same, with the tokens of a step split too: long prompts are projected in parallel.
-    "sp+ep": Rules.of(
-        T=("data", "expert"),
-        B=("data", "expert"),
-        E=("data", "expert", "tensor"),
-        N="tensor",
-        K="tensor",
-        I="tensor",
-        V="tensor",
-    ),
+    "sp+ep": _rows(E=("data", "expert", "tensor"), T=("data", "expert")),
+    "sp+ep+tp": _rows(E=("data", "expert"), F="tensor", T=("data", "expert")),
 }
 
 

@@ -50,7 +50,9 @@ def scheduled(args: argparse.Namespace) -> list[dict]:
         os.environ.update(compile_kernels.ENVIRONMENT, LIBTPU_INIT_ARGS=flags)
         mesh = compile_kernels.chip(args.device)
         print(f"{'us':>60} bound copies compute call call/bound spills")
-        for program in compile_kernels.listed(mesh, tuple(args.op or compile_kernels.OPS), args.match):
+        for program in compile_kernels.listed(
+            mesh, tuple(args.op or compile_kernels.OPS), args.match
+        ):
             for old in pathlib.Path(dump).iterdir():
                 old.unlink()
             compile_kernels.compiled(program, mesh)

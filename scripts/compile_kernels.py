@@ -70,7 +70,9 @@ def compile_for(device: str, args: argparse.Namespace) -> list[dict]:
         results += found
         if pending is None:
             return results
-        results.append({"device": device, "name": pending, "seconds": args.timeout, "error": "slow"})
+        results.append(
+            {"device": device, "name": pending, "seconds": args.timeout, "error": "slow"}
+        )
         print(f"{device} {pending}: given up after {args.timeout:.0f} s", flush=True)
         skip = len(results)
 

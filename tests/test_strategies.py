@@ -90,7 +90,8 @@ def three_steps(variant: str, mesh: str, strategy: str) -> list[np.ndarray]:
     [
         ("data=8", "dp-attention+ep"),
         ("data=2,expert=2,tensor=2", "dp-attention+ep"),
-        ("expert=4,tensor=2", "sp+ep"),
+        ("expert=4,tensor=2", "sp+ep+tp"),
+        ("expert=4,tensor=2", "dp-attention+ep+tp"),
         ("data=2,expert=2,tensor=2", "sp+ep"),
         ("expert=4,tensor=2", "ep+tp"),
         ("expert=2,tensor=2", "tp-attention+ep"),

@@ -26,7 +26,9 @@ STRATEGIES = (
     "ep+tp",
     "tp-attention+ep",
     "dp-attention+ep",
+    "dp-attention+ep+tp",
     "sp+ep",
+    "sp+ep+tp",
 )
 
 NO_MODEL = (

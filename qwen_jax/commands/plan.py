@@ -136,6 +136,7 @@ def report(plan: "Plan") -> dict[str, Any]:
         "bytes_per_device": gb,
         "kv_tokens": plan.kv_tokens,
         "collectives": [{**dataclasses.asdict(c), "sent": c.sent} for c in plan.collectives],
+        "kernels": dict(plan.kernels),
         "expert_imbalance": plan.imbalance,
         "bound": {
             "decode_tokens_per_s": plan.decode_tokens_per_s,

@@ -24,6 +24,7 @@ def lines(model: str, report: dict[str, Any]) -> str:
             "prefill",
             f"{_rate(bound['prefill_tokens_per_s'])}, limited by {bound['prefill_limited_by']}",
         ),
+        ("kernels", ", ".join(f"{op}: {name}" for op, name in r["kernels"].items())),
         ("experts", _imbalance(r["expert_imbalance"])),
         *_collectives(r["collectives"]),
     ]

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from qwen_jax import sharding as sharding_lib
 from qwen_jax.functional import auto_mesh
-from qwen_jax.model.cache import page_bytes
+from qwen_jax.model.cache import page_bytes, row_ways
 from qwen_jax.runtime import Runtime
 from qwen_jax.weights import derive
 from qwen_jax.weights.config import ModelConfig
@@ -42,6 +42,7 @@ class Plan:
         pages: of the cache.
         max_model_len: the longest context in tokens.
         model_limit: the longest context that the model knows.
+        holders: pieces of the cache, on different devices, each with rows of its own.
     """
 
     devices: str
@@ -53,11 +54,12 @@ class Plan:
     pages: int
     max_model_len: int
     model_limit: int
+    holders: int = 1
 
     @property
     def kv_tokens(self) -> int:
         """Tokens that fit in the cache."""
-        return self.cache // self.page * self.page_size
+        return self.holders * (self.cache // self.page) * self.page_size
 
     def __str__(self) -> str:
         shorter = ""
@@ -106,6 +108,8 @@ def make_plan(
     cache = int(left * _CPU_SHARE) if _on_cpu(runtime) else left
     page = page_bytes(config.text, runtime) // _kv_ways(runtime)
     wanted = _longest(max_model_len or limit, cache, page, runtime, asked=max_model_len is not None)
+    holders = row_ways(runtime)
+    rows = -(-max_num_seqs // holders)
     return Plan(
         devices=_devices(runtime),
         memory=memory,
@@ -113,9 +117,10 @@ def make_plan(
         cache=cache,
         page=page,
         page_size=runtime.page_size,
-        pages=min(cache // page, -(-wanted // runtime.page_size) * max_num_seqs),
+        pages=holders * min(cache // page, -(-wanted // runtime.page_size) * rows),
         max_model_len=wanted,
         model_limit=limit,
+        holders=holders,
     )
 
 

@@ -45,6 +45,7 @@ def compile_plan(config: ModelConfig, plan: Plan) -> tuple[Compiled, Compiled]:
         kv_cache_dtype=load.kv_dtype,
         page_size=load.page_size,
         devices=topology_devices(plan.topology.jax_name),
+        config=stored,
     )
     width = math.ceil(load.context / load.page_size)
     given = {"pages": load.batch * width, "table_width": width}

@@ -26,6 +26,7 @@ class Chip:
         link: bytes per second that a device can send to others of its topology, all links together.
         devices_per_chip: TPU7x has two, each with half of the chip.
         jax_name: what `jax.experimental.topologies` calls it; None where it knows no such thing.
+        kind: JAX's ``device_kind``.
     """
 
     name: str
@@ -36,13 +37,14 @@ class Chip:
     link: float
     devices_per_chip: int = 1
     jax_name: str | None = None
+    kind: str = ""
 
     def rate(self, dtype: str) -> float:
         """Operations per second of products in ``dtype``."""
         return self.flops.get(dtype, self.flops["bfloat16"])
 
 
-def _tpu(name, gib, gb_s, tflops, gb_link, *, parts=1, jax_name=None, **narrow) -> Chip:
+def _tpu(name, kind, gib, gb_s, tflops, gb_link, *, parts=1, jax_name=None, **narrow) -> Chip:
     rates = {"bfloat16": tflops, **narrow}
     return Chip(
         name,
@@ -53,23 +55,25 @@ def _tpu(name, gib, gb_s, tflops, gb_link, *, parts=1, jax_name=None, **narrow) 
         gb_link * 1e9 / parts,
         parts,
         jax_name or name,
+        kind,
     )
 
 
 def _gpu(name, gb, tb_s, tflops, gb_link, **narrow) -> Chip:
     rates = {"bfloat16": tflops, **narrow}
     flops = {dtype: rate * 1e12 for dtype, rate in rates.items()}
-    return Chip(name, "gpu", int(gb * 1e9), tb_s * 1e12, flops, gb_link * 1e9)
+    kind = f"NVIDIA {name.upper()}"
+    return Chip(name, "gpu", int(gb * 1e9), tb_s * 1e12, flops, gb_link * 1e9, kind=kind)
 
 
 CHIPS: Mapping[str, Chip] = {
     chip.name: chip
     for chip in (
-        _tpu("v4", 32, 1228, 275, 300),
-        _tpu("v5e", 16, 819, 197, 200, int8=394),
-        _tpu("v5p", 95, 2765, 459, 600, int8=918),
-        _tpu("v6e", 32, 1638, 918, 400, int8=1836),
-        _tpu("v7x", 192, 7380, 2307, 600, parts=2, jax_name="tpu7x", float8_e4m3fn=4614),
+        _tpu("v4", "TPU v4", 32, 1228, 275, 300),
+        _tpu("v5e", "TPU v5 lite", 16, 819, 197, 200, int8=394),
+        _tpu("v5p", "TPU v5", 95, 2765, 459, 600, int8=918),
+        _tpu("v6e", "TPU v6 lite", 32, 1638, 918, 400, int8=1836),
+        _tpu("v7x", "TPU7x", 192, 7380, 2307, 600, parts=2, jax_name="tpu7x", float8_e4m3fn=4614),
         _gpu("a100", 80, 2.039, 312, 300, int8=624),
         _gpu("h100", 80, 3.35, 989, 450, int8=1979, float8_e4m3fn=1979),
         _gpu("h200", 141, 4.8, 989, 450, int8=1979, float8_e4m3fn=1979),

@@ -29,6 +29,8 @@ _COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|"
     r"collective-permute)(-start)?\("
 )
+# "%ragged_dot_bfloat16.2 = f32[...] custom-call(...), custom_call_target="tpu_custom_call"
+_CALL = re.compile(r'%(\w+)\S* = .* custom-call\(.*custom_call_target="tpu_custom_call"')
 _COPY = re.compile(r"= (\w+)\[([\d,]+)\]\S* copy(?:-start)?\(")
 
 
@@ -41,6 +43,7 @@ class Compiled:
         donated: bytes of arguments that the results take over (the cache).
         collectives: (op, bytes of its result) -> how often.
         copies: bytes of each array of at least a megabyte that is copied.
+        calls: Pallas kernel -> how often it is called.
         seconds: of compiling.
     """
 
@@ -50,6 +53,7 @@ class Compiled:
     donated: int
     collectives: dict[tuple[str, int], int]
     copies: list[int]
+    calls: dict[str, int]
     seconds: float
 
 
@@ -102,7 +106,7 @@ def compile_step(
         page_table=array(rows, table_width),
     )
     begun = time.perf_counter()
-    with jax.default_device(mesh.devices.flat[0]):
+    with jax.set_mesh(mesh):
         lowered = jit_step.lower(
             weights, config, runtime, batch, abstract_cache(config.text, runtime, pages)
         )
@@ -120,6 +124,7 @@ def compile_step(
         donated=donated,
         collectives=collectives_of(text),
         copies=copies_of(text),
+        calls=dict(collections.Counter(_CALL.findall(text))),
         seconds=seconds,
     )
 

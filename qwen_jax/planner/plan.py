@@ -14,7 +14,9 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from qwen_jax import roofline
+from pallas_kernels import registry
+from pallas_kernels.device import Device
+from qwen_jax import kernel_facts, roofline
 from qwen_jax import sharding as sharding_lib
 from qwen_jax.engine.capacity import weight_bytes
 from qwen_jax.model.cache import page_bytes, row_ways
@@ -51,7 +53,7 @@ class Load:
     kv_dtype: str = "auto"
     quantization: str | None = None
     page_size: int = 64
-    utilization: float = 0.9
+    utilization: float = 0.95
 
     def __post_init__(self):
         for name in ("batch", "context", "chunk", "page_size"):
@@ -102,6 +104,7 @@ class Plan:
         decode, prefill: the bounds of a decode step and of a prefill chunk.
         imbalance: of expert weights read by the busiest device in decode, against the average.
         collectives: of a decode step.
+        kernels: operation -> the implementation that would be chosen there.
         source: "arithmetic", or "compiled" where the compiler gave temporary and collectives.
     """
 
@@ -119,6 +122,7 @@ class Plan:
     prefill: Bound
     imbalance: float
     collectives: tuple[Collective, ...]
+    kernels: Mapping[str, str]
     source: str = "arithmetic"
 
     @property
@@ -191,7 +195,23 @@ def make_plan(
         prefill=_prefill_bound(stored, runtime, topology, load),
         imbalance=uneven,
         collectives=tuple(of_step(config, runtime, tokens=load.batch, rows=load.batch)),
+        kernels=_kernels(stored, runtime, topology),
     )
+
+
+def _kernels(config: ModelConfig, runtime: Runtime, topology: Topology) -> Mapping[str, str]:
+    """What `Runtime.make` would choose on such a device."""
+    facts = kernel_facts.of(
+        config,
+        mesh=runtime.mesh,
+        rules=runtime.rules,
+        dtype=runtime.dtype,
+        kv_dtype=KV_DTYPES[runtime.kv_dtype],
+        page_size=runtime.page_size,
+    )
+    device = Device(topology.chip.platform, topology.chip.kind)
+    used = {op: found for op, found in facts.items() if found}
+    return {op: registry.choose(op, "auto", device, found).name for op, found in used.items()}
 
 
 def abstract_runtime(mesh: Mapping[str, int], strategy: str | Rules, load: Load) -> Runtime:

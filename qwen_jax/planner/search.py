@@ -16,13 +16,21 @@ _MOST_CHIPS = 1024
 
 
 def rank(plan: Plan) -> tuple:
-    """Sorts plans, the best first: what fits; most decode tokens per second; least sent; memory.
+    """Sorts plans, the best first.
 
-    The bound is what a perfect program would reach, so plans within a percent count as equal, and
+    What fits; then what this chip has kernels of its own for (not XLA's); then most decode tokens
+    per second; least sent; least memory. The bound is what a perfect program would reach, so plans within a percent count as equal, and
     the one with fewer bytes on the links is taken: the overlap that hides them is never perfect.
     """
     sent = sum(c.sent for c in plan.collectives)
-    return (not plan.fits, -round(plan.decode_tokens_per_s, -_digits(plan)), sent, plan.peak)
+    foreign = sum(name == "xla" for name in plan.kernels.values())
+    return (
+        not plan.fits,
+        foreign,
+        -round(plan.decode_tokens_per_s, -_digits(plan)),
+        sent,
+        plan.peak,
+    )
 
 
 def _digits(plan: Plan) -> int:
