@@ -19,6 +19,7 @@ pallas_kernels.tpu_schedule
 pallas_kernels.narrow
 pallas_kernels.ragged_dot.facts
 pallas_kernels.ragged_dot.tpu_groups
+pallas_kernels.ragged_dot.tpu_product
 pallas_kernels.ragged_dot.tpu_kernel
 pallas_kernels.ragged_dot.tpu_config
 pallas_kernels.ragged_dot.tpu

@@ -177,7 +177,7 @@ def test_the_operation_takes_it_by_name_and_chooses_tiles():
     x, sizes = rows(40, "bfloat16"), np.asarray([15, 0, 1, 0, 6, 9], np.int32)
     with chip():
         fn = functools.partial(ragged_dot, blocks=blocks, activation="swiglu", impl="tpu")
-        got = jax.jit(lambda x, w, n, s: fn(x, w, n, scale=s))(x, w, sizes, scale)
+        got = np.asarray(jax.jit(lambda x, w, n, s: fn(x, w, n, scale=s))(x, w, sizes, scale))
     plain = oracles.dequantize(w, scale, blocks)
     want = oracles.ragged_dot(x, plain, sizes, activation="swiglu")
     assert got.dtype == jnp.bfloat16
@@ -257,7 +257,11 @@ def test_a_tile_is_two_mean_groups_high_within_its_limits():
 def test_tiles_fit_every_chip_and_divide_the_columns_of_a_core():
     for kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"):
         info = tpu_info(kind)
-        for inner, outer, pair in ((2048, 768, "swiglu"), (6144, 2560, "swiglu"), (2560, 6144, None)):
+        for inner, outer, pair in (
+            (2048, 768, "swiglu"),
+            (6144, 2560, "swiglu"),
+            (2560, 6144, None),
+        ):
             facts = with_(inner=inner, outer=outer, activation=pair)
             for tokens in (1, 256, 8192):
                 config = tpu_config.choose(facts, 8 * tokens, 128, Device("tpu", kind))
@@ -279,5 +283,5 @@ def test_a_measured_entry_stands_before_the_rule(monkeypatch):
     assert tpu_config.choose(GATE_UP, 64, 128, V6E) == Config(48, 384)
     assert tpu_config.choose(GATE_UP, 640, 128, V6E) != Config(48, 384)
     table[V6E.kind][key]["tiles"]["rows"] = 2**20
-    with pytest.raises(ValueError, match="tuned Config.* does not fit TPU v6 lite"):
+    with pytest.raises(ValueError, match=r"tuned Config.* does not fit TPU v6 lite"):
         tpu_config.choose(GATE_UP, 64, 128, V6E)
