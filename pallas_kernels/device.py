@@ -5,6 +5,7 @@ TensorCore; this module finds them for a device that is not here, for compiling 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
@@ -35,7 +36,7 @@ class Device:
     kind: str
 
     @classmethod
-    def of(cls, device: jax.Device) -> "Device":
+    def of(cls, device: Any) -> "Device":
         """The platform and kind of a device of JAX, or of a topology to compile for."""
         return cls(device.platform, device.device_kind)
 

@@ -81,7 +81,9 @@ def parse(bundles: str, utilization: str) -> Schedule:
             nest = []
     deepest = max(nests, key=max, default=[])
     levels = range(1, max(deepest, default=0) + 1)
-    return Schedule(len(depths), tuple(deepest.count(level) for level in levels), _spills(utilization))
+    return Schedule(
+        len(depths), tuple(deepest.count(level) for level in levels), _spills(utilization)
+    )
 
 
 def _spills(utilization: str) -> int:

@@ -18,7 +18,7 @@ from qwen_jax import sharding as sharding_lib
 from qwen_jax.sharding import Rules
 from qwen_jax.weights import derive
 from qwen_jax.weights.config import ModelConfig
-from qwen_jax.weights.params import Moe, Param, table
+from qwen_jax.weights.params import Moe, table
 from qwen_jax.weights.quant import FORMATS
 
 
@@ -70,7 +70,8 @@ def _expert_products(config: ModelConfig, part, dtype: str) -> tuple[ragged_dot.
     return tuple(found)
 
 
-def _product(row: Param, config: ModelConfig, part, dtype, activation, out_dtype):
+def _product(row: Any, config: ModelConfig, part, dtype, activation, out_dtype):
+    """``row`` is a `Param`, which the tree of rows types as the weight it stands for."""
     shape = tuple(part(x, row.size[x]) for x in dims_lib.parse(row.dims))
     quant = derive.quantization(row, config)
     values = dtype if quant is None else FORMATS[quant.form][0]

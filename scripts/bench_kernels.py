@@ -1,4 +1,4 @@
-"""What every kernel reaches of its limit: measured on an accelerator, or by the compiler's schedule.
+"""What kernels reach of their limits: measured on an accelerator, or by the compiler's schedule.
 
     python scripts/bench_kernels.py --match 30B-A3B/whole/decode --out measured.json     on a TPU
     python scripts/bench_kernels.py --device v6e --match ep8/decode                      anywhere
@@ -50,9 +50,7 @@ def scheduled(args: argparse.Namespace) -> list[dict]:
         os.environ.update(compile_kernels.ENVIRONMENT, LIBTPU_INIT_ARGS=flags)
         mesh = compile_kernels.chip(args.device)
         print(f"{'us':>60} bound copies compute call call/bound spills")
-        for program in compile_kernels.listed(
-            mesh, tuple(args.op or compile_kernels.OPS), args.match
-        ):
+        for program in compile_kernels.listed(mesh, args.op, args.match):
             for old in pathlib.Path(dump).iterdir():
                 old.unlink()
             compile_kernels.compiled(program, mesh)
@@ -100,7 +98,7 @@ def measured(args: argparse.Namespace) -> list[dict]:
     mesh = Mesh(np.array([device]), ("one",), axis_types=(AxisType.Auto,))
     print(f"{device.device_kind}: {limit.bytes_per_s / 1e9:.0f} GB/s", file=sys.stderr)
     table = []
-    for program in compile_kernels.listed(mesh, tuple(args.op or compile_kernels.OPS), args.match):
+    for program in compile_kernels.listed(mesh, args.op, args.match):
         inputs = program.make(0)
         bound = limit.seconds(roofline.Work(program.moved, program.flops))
         for name, fn in {"kernel": program.fn, **program.baselines}.items():
@@ -113,7 +111,7 @@ def measured(args: argparse.Namespace) -> list[dict]:
 
 
 def fastest(fn, inputs, repeats: int) -> float:
-    """Seconds per call: the best of five rows of ``repeats`` calls, which do not wait in between."""
+    """Seconds per call: the best of five rows of ``repeats`` calls that do not wait in between."""
     import jax
 
     jax.block_until_ready(fn(*inputs))

@@ -62,7 +62,7 @@ def compile_for(device: str, args: argparse.Namespace) -> list[dict]:
     results, skip = [], 0
     while True:
         ours, theirs = context.Pipe()
-        work = (theirs, device, tuple(args.op or OPS), args.match, skip)
+        work = (theirs, device, args.op, args.match, skip)
         process = context.Process(target=worker, args=work, daemon=True)
         process.start()
         theirs.close()
@@ -99,7 +99,7 @@ def listen(ours, process, device: str, timeout: float) -> tuple[list[dict], str 
     return results, pending
 
 
-def worker(pipe, device: str, ops: tuple[str, ...], match: str, skip: int) -> None:
+def worker(pipe, device: str, ops: list[str] | None, match: str, skip: int) -> None:
     """Compiles what matches, but for the first ``skip``, and tells the pipe about each."""
     mesh = chip(device)
     for program in listed(mesh, ops, match)[skip:]:
@@ -124,13 +124,13 @@ def chip(device: str):
     return Mesh(np.array(topology.devices[:1]), ("one",), axis_types=(AxisType.Auto,))
 
 
-def listed(mesh, ops: tuple[str, ...], match: str) -> list:
-    """The programs of some operations whose names match."""
+def listed(mesh, ops: list[str] | None, match: str) -> list:
+    """The programs of some operations, or of all, whose names match."""
     from pallas_kernels.device import Device
 
     device = Device.of(mesh.devices.flat[0])
     found = []
-    for op in ops:
+    for op in ops or OPS:
         module = importlib.import_module(f"pallas_kernels.{op}.cases")
         found += [p for p in module.programs(device) if re.search(match, p.name)]
     return found

@@ -1,4 +1,4 @@
-"""Compiling for TPUs that are not here: a sample of what scripts/compile_kernels.py compiles in full.
+"""Compiling for TPUs that are not here: a sample of what scripts/compile_kernels.py compiles.
 
 Needs libtpu (the extra "aot"). The programs run as processes of their own, because libtpu reads the
 environment once.

@@ -21,6 +21,7 @@ pallas_kernels.narrow
 pallas_kernels.buffers
 pallas_kernels.ragged_dot.facts
 pallas_kernels.ragged_dot.tpu_groups
+pallas_kernels.ragged_dot.tpu_product
 pallas_kernels.ragged_dot.tpu_kernel
 pallas_kernels.ragged_dot.tpu_config
 pallas_kernels.ragged_dot.tpu

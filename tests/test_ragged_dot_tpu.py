@@ -177,7 +177,7 @@ def test_the_operation_takes_it_by_name_and_chooses_tiles():
     x, sizes = rows(40, "bfloat16"), np.asarray([15, 0, 1, 0, 6, 9], np.int32)
     with chip():
         fn = functools.partial(ragged_dot, blocks=blocks, activation="swiglu", impl="tpu")
-        got = jax.jit(lambda x, w, n, s: fn(x, w, n, scale=s))(x, w, sizes, scale)
+        got = np.asarray(jax.jit(lambda x, w, n, s: fn(x, w, n, scale=s))(x, w, sizes, scale))
     plain = oracles.dequantize(w, scale, blocks)
     want = oracles.ragged_dot(x, plain, sizes, activation="swiglu")
     assert got.dtype == jnp.bfloat16
@@ -283,5 +283,5 @@ def test_a_measured_entry_stands_before_the_rule(monkeypatch):
     assert tpu_config.choose(GATE_UP, 64, 128, V6E) == Config(48, 384)
     assert tpu_config.choose(GATE_UP, 640, 128, V6E) != Config(48, 384)
     table[V6E.kind][key]["tiles"]["rows"] = 2**20
-    with pytest.raises(ValueError, match="tuned Config.* does not fit TPU v6 lite"):
+    with pytest.raises(ValueError, match=r"tuned Config.* does not fit TPU v6 lite"):
         tpu_config.choose(GATE_UP, 64, 128, V6E)

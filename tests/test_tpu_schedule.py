@@ -40,7 +40,7 @@ def test_cycles_follow_the_trips_of_the_loops():
     schedule = tpu_schedule.parse(BUNDLES, UTILIZATION)
     assert schedule.cycles((10, 5)) == 6 + 3 * 10 + 4 * 50
     assert schedule.cycles((10,)) == 6 + 7 * 10, "the compiler's own loop: one pass"
-    with pytest.raises(ValueError, match="3 trips .* for a nest of 2 loops"):
+    with pytest.raises(ValueError, match=r"3 trips .* for a nest of 2 loops"):
         schedule.cycles((1, 2, 3))
 
 

@@ -1,8 +1,8 @@
 """Routed expert products on a TPU: weights stream once, past the few rows that need them.
 
 In decode the weights are all that counts: 30B-A3B at 32 tokens reads 112 experts of 9.4 MB for 2.3
-rows each. So one call walks the experts that have rows, and for each its weights, tile by tile, while
-the copies of the next two tiles are under way:
+rows each. So a call walks the experts that have rows, and for each its weights, tile by tile,
+while the copies of the next two tiles are under way:
 
              columns ->                            VMEM   3 x  weights [P, D, columns]
     w[e]   |  0  |  1  |  2  |                            2 x  rows in  [rows, D]
@@ -12,7 +12,7 @@ the copies of the next two tiles are under way:
                                                    SMEM   the list of groups (`tpu_groups.py`)
 
 Gate and up are one tile (P = 2); SwiGLU is applied before anything leaves VMEM. Rows are padded to
-granules of 16 and no further (`tpu_kernel.py`); tiles are chosen by `tpu_config.py`. A device of two
+granules of 16 and no further (`tpu_kernel.py`); `tpu_config.py` chooses tiles. A device of two
 cores (v5p) gives each half of the columns.
 
 Quantised weights are multiplied as they are stored, float8 by the matrix unit itself, and each
@@ -124,7 +124,9 @@ def _call(facts: Facts, config: Config, granules: int, info: pltpu.TpuInfo):
     cores = tpu_config.cores(facts, info)
     vmem = tpu_config.vmem_bytes(facts, config, info)
     spare = (1 - tpu_config.VMEM_SHARE) * info.vmem_capacity_bytes
-    blocks = None if facts.blocks is None else (min(facts.blocks[-2], facts.inner), facts.blocks[-1])
+    blocks = None
+    if facts.blocks is not None:
+        blocks = (min(facts.blocks[-2], facts.inner), facts.blocks[-1])
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         functools.partial(kernel, blocks=blocks),
@@ -149,7 +151,7 @@ def _scratch(facts: Facts, config: Config, cores: int) -> list:
     height, columns = config.rows // GRANULE, config.columns
     tiles = facts.outer // cores // columns
     scale = None
-    if facts.scale_shape is not None:
+    if facts.scale_shape is not None and facts.scale_dtype is not None:
         scale = pltpu.VMEM((2, pair, *facts.scale_shape[-2:]), facts.scale_dtype)
     return [
         pltpu.VMEM((2, height, GRANULE, facts.inner), facts.x_dtype),

@@ -8,7 +8,7 @@ Knows facts, row counts and a chip's figures; knows no array. `choose` takes wha
 - **columns, decode**: the fewest whose weights are 2 MiB. Copies of that size reach the full
   bandwidth; smaller ones shorten the only times in which one of copy and arithmetic waits for the
   other: the first copy and the last product of a call.
-- **columns, prefill**: as many as fit, because the rows are read again for each column tile. At most
+- **columns, prefill**: as many as fit, because rows are read again for each column tile. At most
   3 Mi weights (a whole pair of the 30B model): the compiler unrolls a tile, and takes its time.
 """
 

@@ -1,6 +1,7 @@
 """The body of the TPU kernel: one core's walk over experts, column tiles and row tiles.
 
-Knows refs, copies and semaphores; chooses no tile size. For every active expert, in order:
+Knows refs, copies and semaphores; chooses no tile size, and multiplies nothing itself. For every
+active expert, in order:
 
     for each column tile n        its weights were asked for two tiles ago: wait for them
         for each row tile t       its rows were asked for one tile ago: wait for them
@@ -21,11 +22,12 @@ of this device has rows are filled with zeros while the first weights arrive.
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.ragged_dot.tpu_product import product
 
 GRANULE = 16
 WEIGHT_BUFFERS = 3
@@ -149,9 +151,7 @@ class _Core:
     def outputs(self, first, count, n, slot):
         r = self.r
         place = r.out.at[pl.ds(first, count), :, pl.ds(self.column(n), self.columns)]
-        return pltpu.make_async_copy(
-            r.out_buf.at[slot, pl.ds(0, count)], place, r.out_sem.at[slot]
-        )
+        return pltpu.make_async_copy(r.out_buf.at[slot, pl.ds(0, count)], place, r.out_sem.at[slot])
 
     def wait_for_output(self, slot):
         """Makes ``out_buf[slot]`` free: a wait needs only the size of what it waits for."""
@@ -230,7 +230,13 @@ class _Core:
                 read = read + fresh.astype(jnp.int32)
                 slot = lax.rem(read + 1, 2)
                 pl.when(fresh)(lambda: self.turn_inputs(a, n, t, row_tiles, slot))
-                y = self.product(a, n, slot, lax.rem(chunk, WEIGHT_BUFFERS))
+                y = product(
+                    r.x_buf[slot].reshape(self.height * GRANULE, -1),
+                    r.w_buf.at[lax.rem(chunk, WEIGHT_BUFFERS)],
+                    None if self.blocks is None else r.scale_buf.at[lax.rem(a, 2)],
+                    blocks=self.blocks,
+                    column=self.column(n),
+                )
                 last = t + 1 == row_tiles
                 self.write(y, a, n, t, lax.rem(written, 2), takes & (t == 0), gives & last)
                 return read, written + 1
@@ -276,57 +282,3 @@ class _Core:
         count = count - gives.astype(jnp.int32)
         r.written[slot] = count
         pl.when(count > 0)(lambda: self.outputs(first, count, n, slot).start())
-
-    # ---- arithmetic --------------------------------------------------------------------------
-
-    def product(self, a, n, x_slot, w_slot) -> jax.Array:
-        """float32 [rows, columns] of one tile, SwiGLU applied if there is a pair."""
-        r = self.r
-        x = r.x_buf[x_slot].reshape(self.height * GRANULE, -1)
-        pair = range(r.w_buf.shape[1])
-        if self.blocks is None:
-            y = [_dot(x, r.w_buf[w_slot, p]) for p in pair]
-        else:
-            y = [self.scaled_product(x, a, n, w_slot, p) for p in pair]
-        return y[0] if len(y) == 1 else y[0] * jax.nn.sigmoid(y[0]) * y[1]
-
-    def scaled_product(self, x, a, n, w_slot, p) -> jax.Array:
-        """The sum over blocks of rows of (x times the values as they are) times their scales."""
-        r, (block, _) = self.r, self.blocks
-        scale = self.scale_rows(lax.rem(a, 2), n, p)
-        y = 0.0
-        for i in range(scale.shape[0]):
-            k = slice(i * block, (i + 1) * block)
-            y = y + _dot(x[:, k], r.w_buf[w_slot, p, k]) * scale[i : i + 1]
-        return y
-
-    def scale_rows(self, slot, n, p) -> jax.Array:
-        """float32 [row blocks, columns]: a scale for every column of tile ``n``."""
-        r, (_, block) = self.r, self.blocks
-        if block == 1:
-            columns = pl.ds(self.column(n), self.columns)
-            return r.scale_buf[slot, p, :, columns].astype(jnp.float32)
-        # A product with zeros and ones repeats each scale over its columns, exactly.
-        scale = r.scale_buf[slot, p].astype(jnp.float32)
-        shape = (scale.shape[1], self.columns)
-        column = self.column(n) + lax.broadcasted_iota(jnp.int32, shape, 1)
-        own = lax.div(column, block) == lax.broadcasted_iota(jnp.int32, shape, 0)
-        return _dot(scale, own.astype(jnp.float32))
-
-
-def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x @ w in float32; values of 8 bits are exact in x's dtype.
-
-    bfloat16 times float8 is one instruction of the matrix unit, which reads float8 at no cost; int8
-    is converted in front of it.
-    """
-    exact = jnp.float32 if x.dtype == jnp.float32 else None
-    if exact or w.dtype == jnp.int8:
-        w = w.astype(x.dtype)
-    return lax.dot_general(
-        x,
-        w,
-        (((1,), (0,)), ((), ())),
-        precision=lax.Precision.HIGHEST if exact else None,
-        preferred_element_type=jnp.float32,
-    )

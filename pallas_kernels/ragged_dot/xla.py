@@ -179,7 +179,7 @@ def _rows_by_strips(x_MD, experts, e, first, *, height, padded):
     if experts.scale is not None:
         y = y * experts.scales(e, J).swapaxes(0, 1)[:, None]
     y = _own_loop(y, hidden_zero(first)).sum(0)
-    return jnp.pad(_activate(y.swapaxes(0, 1)), ((0, padded - height), (0, 0)))
+    return jnp.pad(_activate(list(y.swapaxes(0, 1))), ((0, padded - height), (0, 0)))
 
 
 def _own_loop(y, zero):
