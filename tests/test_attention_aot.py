@@ -114,7 +114,7 @@ def test_a_decode_step_of_a_30b_on_four_chips_copies_no_cache(kv_dtype, devices)
         config=config,
     )
     exe, pages = compiled_decode(config, runtime)
-    stored = [x for x in jax.tree.leaves(pages)]
+    stored = jax.tree.leaves(pages)
     local = [x.sharding.shard_shape(x.shape) for x in stored]
     program = exe.as_text()
     assert program.count('custom_call_target="tpu_custom_call"') >= config.text.num_hidden_layers

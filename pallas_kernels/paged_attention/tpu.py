@@ -30,7 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import registry
 from pallas_kernels.device import Device, tpu_info
-from pallas_kernels.paged_attention import tpu_kernel, tpu_packing, tpu_walk, xla
+from pallas_kernels.paged_attention import tpu_copies, tpu_kernel, tpu_packing, tpu_walk, xla
 from pallas_kernels.paged_attention.facts import Facts
 from pallas_kernels.paged_attention.schedule import Rows
 from pallas_kernels.paged_attention.tpu_walk import Refs, Shape
@@ -149,19 +149,19 @@ def walk_lengths(
     """What a schedule's time depends on, for benchmarks.
 
     Returns:
-        Key positions that are copied into VMEM, and how often the loop over steps and the loops in
-        it (pages of a block that is not full) run on each core.
+        Key positions that are copied into VMEM, and how often the loop over steps and the loop in
+        it (which clears what a block lacks) run on each core.
     """
     shapes = _shapes(facts, sum(new_tokens), (len(kv_lens), 1), 1.0, False)
-    read, steps, inner = 0, 0, 0.0
+    read, steps, cleared = 0, 0.0, 0.0
     for n, length in zip(new_tokens, kv_lens, strict=True):
         shape = shapes[0] if n == 1 else shapes[-1]
         for end in range(length - n + shape.height, length + shape.height, shape.height):
             seen = min(end, length)
             read += seen
             steps += pl.cdiv(seen, shape.block) / shape.items
-            inner += (seen - 1) % shape.block / facts.page_size
-    return read, (steps / info.num_cores, inner / steps)
+            cleared += -seen % shape.block
+    return read, (steps / info.num_cores, cleared / tpu_copies.CLEARED / steps)
 
 
 def _lines(page_table, shape: Shape):

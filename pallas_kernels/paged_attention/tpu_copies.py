@@ -7,6 +7,10 @@ there only if it was not. New keys and values are read from the argument in whic
 byte of the cache is both read and written, and the writes are waited for once, at the end.
 """
 
+import dataclasses
+import functools
+from typing import Any
+
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -21,6 +25,9 @@ from pallas_kernels.paged_attention.tpu_walk import (
     split,
 )
 
+# Positions that are zeroed at once behind a context's end.
+CLEARED = 16
+
 
 def copy_line(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot):
     """The copy of a tile's line ``at`` of the page table into ``slot``."""
@@ -28,161 +35,206 @@ def copy_line(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot):
     return pltpu.make_async_copy(refs.table.at[line], refs.lines.at[slot], refs.line_sem.at[slot])
 
 
-def fetch(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot, line, ring) -> None:
-    """Starts every copy of an item, and the writes of those of its tile's tokens that lie in it.
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """The block ``at`` of a tile, whose copies go to and from these buffers.
 
-    Args:
-        tile, at: the item: the block ``at`` of a tile.
+    Attributes:
         slot: the buffer for its keys and values.
         line: the number of the page table's line that holds its pages.
         ring: the buffer for the tile's queries.
     """
-    page_size, base = shape.page_size, at * shape.block
-    per_block = shape.block // page_size
-    token, position = tiles.token(tile), tiles.position(tile)
-    cached, visible = tiles.cached(tile), tiles.visible(tile)
-    end = jnp.minimum(visible, base + shape.block)
-    sem, T = refs.kv_sem.at[slot], refs.new.shape[0]
 
-    def page(i):
-        entry = (at * per_block + i) & (shape.line - 1)
-        return refs.lines[line & (LINES - 1), *split(entry, 128)]
+    shape: Shape
+    tiles: TileScalars
+    refs: Refs
+    tile: Any
+    at: Any
+    slot: Any
+    line: Any
+    ring: Any
 
-    def start(source, target, sem):
-        pltpu.make_async_copy(source, target, sem).start()
+    @property
+    def base(self):
+        """Its first position."""
+        return self.at * self.shape.block
 
-    def from_page(i, offset, size):
-        source = refs.pages.at[page(i), pl.ds(offset, size)]
-        start(source, refs.kv.at[slot, pl.ds(i * page_size + offset, size)], sem)
+    @property
+    def end(self):
+        """Behind the last position that its tile sees of it."""
+        return jnp.minimum(self.tiles.visible(self.tile), self.base + self.shape.block)
 
-    old = jnp.clip(cached - base, 0, shape.block)
+    @property
+    def cached(self):
+        """How many of its positions were cached before this call: the first ones."""
+        return jnp.clip(self.tiles.cached(self.tile) - self.base, 0, self.shape.block)
 
-    @pl.when(old == shape.block)
-    def _():
-        for i in range(per_block):
-            from_page(i, 0, page_size)
+    def page(self, i):
+        """The number of its i-th page."""
+        entry = (self.at * self.shape.pages + i) & (self.shape.line - 1)
+        return self.refs.lines[self.line & (LINES - 1), *split(entry, 128)]
 
-    @pl.when(old < shape.block)
-    def _():
-        @pl.loop(0, split(old + page_size - 1, page_size)[0])
-        def _(i):
-            count = jnp.minimum(old - i * page_size, page_size)
-            pieces(count, page_size, lambda offset, size: from_page(i, offset, size))
+    def token(self, place):
+        """The flat token at a place in the block, if it is a new one."""
+        return self.tiles.token(self.tile) + self.base + place - self.tiles.position(self.tile)
 
-    def from_new(offset, size):
-        source = refs.new.at[pl.ds(token + base + old - position + offset, size)]
-        start(source, refs.kv.at[slot, pl.ds(old + offset, size)], sem)
+    def fetch(self) -> None:
+        """Starts every copy into VMEM, and the writes of the tile's own tokens that lie here."""
+        self._fetch_cached()
+        self._fetch_new()
+        _clear(self.refs.kv.at[self.slot], self.end - self.base)
+        if self.refs.scales is not None:
+            self._fetch_scales()
+        self._write()
+        pl.when(self.at == 0)(self._fetch_queries)
 
-    def to_page(i, offset, size):
-        source = refs.new.at[pl.ds(token + base + i * page_size + offset - position, size)]
-        start(source, refs.pages.at[page(i), pl.ds(offset, size)], refs.write_sem.at[0])
+    def _to_buffer(self, source, place, size):
+        target = self.refs.kv.at[self.slot, pl.ds(place, size)]
+        start(source, target, self.refs.kv_sem.at[self.slot])
 
-    def to_scales(i, low):
-        # Once per page: from the tile that has the first of its new positions.
-        @pl.when(base + i * page_size + low == jnp.maximum(cached, base + i * page_size))
+    def _fetch_cached(self):
+        size = self.shape.page_size
+
+        def part(i, offset, count):
+            source = self.refs.pages.at[self.page(i), pl.ds(offset, count)]
+            self._to_buffer(source, i * size + offset, count)
+
+        def whole_pages(first, count):
+            for i in range(count):
+                part(first + i, 0, size)
+
+        whole, rest = split(self.cached, size)
+        pieces(whole, self.shape.pages, whole_pages)
+        pieces(rest, size // 2, lambda offset, count: part(whole, offset, count))
+
+    def _fetch_new(self):
+        T, place = self.refs.new.shape[0], self.cached
+
+        def part(offset, count):
+            source = self.refs.new.at[pl.ds(self.token(place + offset), count)]
+            self._to_buffer(source, place + offset, count)
+
+        if self.shape.height == 1:  # its one new token is the last position of its last block
+            pl.when(self.at + 1 == self.blocks)(lambda: part(0, 1))
+        else:
+            pieces(self.end - self.base - place, min(self.shape.block, T), part)
+
+    @property
+    def blocks(self):
+        """How many blocks its tile has."""
+        return split(self.tiles.visible(self.tile) - 1, self.shape.block)[0] + 1
+
+    def _write(self):
+        size, T = self.shape.page_size, self.refs.new.shape[0]
+        own = jnp.maximum(self.tiles.position(self.tile) - self.base, 0)
+
+        def part(i, offset, count):
+            source = self.refs.new.at[pl.ds(self.token(i * size + offset), count)]
+            target = self.refs.pages.at[self.page(i), pl.ds(offset, count)]
+            start(source, target, self.refs.write_sem.at[0])
+
+        if self.shape.height == 1:
+
+            @pl.when(self.at + 1 == self.blocks)
+            def _():
+                i, offset = split(own, size)
+                part(i, offset, 1)
+                self._write_scales(i, offset)
+
+        else:
+            used = self.end - self.base
+            last = jnp.where(own < used, split(used + size - 1, size)[0], 0)
+
+            @pl.loop(split(own, size)[0], last)
+            def _(i):
+                low = jnp.maximum(own - i * size, 0)
+                count = jnp.minimum(used - i * size, size) - low
+                self._write_scales(i, low)
+                pieces(count, min(size, T), lambda offset, count: part(i, low + offset, count))
+
+    def _write_scales(self, i, low):
+        """A page's scales, once: with the first of its new positions."""
+        if self.refs.scales is None:
+            return
+        begin = self.base + i * self.shape.page_size
+
+        @pl.when(begin + low == jnp.maximum(self.tiles.cached(self.tile), begin))
         def _():
-            source = refs.fresh.at[tiles.touched(tile) + at * per_block + i]
-            start(source, refs.scales.at[page(i)], refs.scale_sem.at[STEPS * shape.items])
+            source = self.refs.fresh.at[self._fresh(i)]
+            sem = self.refs.scale_sem.at[STEPS * self.shape.items]
+            start(source, self.refs.scales.at[self.page(i)], sem)
 
-    if refs.scales is not None:
-        _fetch_scales(shape, tiles, refs, tile, at, slot, page)
+    def _fresh(self, i):
+        """Where the scales of its i-th page arrive, if the page gets tokens."""
+        return self.tiles.touched(self.tile) + self.at * self.shape.pages + i
 
-    if shape.height == 1:  # its one new token is the last position of its last block
-
-        @pl.when(visible <= base + shape.block)
-        def _():
-            from_new(0, 1)
-            i, low = split(position - base, page_size)
-            to_page(i, low, 1)
-            if refs.scales is not None:
-                to_scales(i, low)
-
-    else:
-        pieces(jnp.maximum(end - base - old, 0), min(shape.block, T), from_new)
-        own = jnp.maximum(position, base)
-
-        last = jnp.where(own < end, split(end - base + page_size - 1, page_size)[0], 0)
-
-        @pl.loop(split(own - base, page_size)[0], last)
+    def _fetch_scales(self):
+        @pl.loop(0, self.used_pages)
         def _(i):
-            low = jnp.maximum(own - base - i * page_size, 0)
-            count = jnp.minimum(end - base - i * page_size, page_size) - low
-            if refs.scales is not None:
-                to_scales(i, low)
+            new = (i + 1) * self.shape.page_size > self.tiles.cached(self.tile) - self.base
+            target = self.refs.kv_scales.at[self.slot, i]
+            sem = self.refs.scale_sem.at[self.slot]
+            pl.when(new)(lambda: start(self.refs.fresh.at[self._fresh(i)], target, sem))
+            pl.when(~new)(lambda: start(self.refs.scales.at[self.page(i)], target, sem))
+
+    @property
+    def used_pages(self):
+        """How many of its pages hold anything."""
+        used = self.end - self.base
+        return split(used + self.shape.page_size - 1, self.shape.page_size)[0]
+
+    def _fetch_queries(self):
+        token = self.tiles.token(self.tile)
+
+        def part(offset, count):
+            source = self.refs.q.at[pl.ds(token + offset, count)]
+            target = self.refs.q_ring.at[self.ring, pl.ds(offset, count)]
+            start(source, target, self.refs.q_sem.at[self.ring])
+
+        pieces(self.tiles.tokens(self.tile), min(self.shape.height, self.refs.q.shape[0]), part)
+
+    def wait(self) -> None:
+        """Waits for its keys and values and, at its tile's first item, for the queries."""
+        refs, slot, ring = self.refs, self.slot, self.ring
+        pieces(
+            self.end - self.base,
+            self.shape.block,
+            lambda offset, count: wait(
+                refs.kv.at[slot, pl.ds(offset, count)], refs.kv_sem.at[slot]
+            ),
+        )
+        if refs.scales is not None:
+            done = functools.partial(wait, refs.kv_scales.at[slot, 0], refs.scale_sem.at[slot])
+            pl.loop(0, self.used_pages)(lambda _: done())
+
+        @pl.when(self.at == 0)
+        def _():
             pieces(
-                count,
-                min(page_size, T),
-                lambda offset, size: to_page(i, low + offset, size),
+                self.tiles.tokens(self.tile),
+                min(self.shape.height, refs.q.shape[0]),
+                lambda offset, count: wait(
+                    refs.q_ring.at[ring, pl.ds(offset, count)], refs.q_sem.at[ring]
+                ),
             )
 
-    _clear(refs.kv.at[slot], end - base)
 
-    @pl.when(at == 0)
-    def _():
-        def q_piece(offset, size):
-            source = refs.q.at[pl.ds(token + offset, size)]
-            start(source, refs.q_ring.at[ring, pl.ds(offset, size)], refs.q_sem.at[ring])
-
-        pieces(tiles.tokens(tile), min(shape.height, T), q_piece)
-
-
-def _fetch_scales(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot, page) -> None:
-    """Starts the copies of a block's scales: of pages with new tokens from where those arrive."""
-    per_block = shape.block // shape.page_size
-    cached, visible = tiles.cached(tile), tiles.visible(tile)
-    used = jnp.minimum(visible - at * shape.block, shape.block)
-
-    @pl.loop(0, split(used + shape.page_size - 1, shape.page_size)[0])
-    def _(i):
-        index = at * per_block + i
-        new = (index + 1) * shape.page_size > cached
-        target, sem = refs.kv_scales.at[slot, i], refs.scale_sem.at[slot]
-
-        @pl.when(new)
-        def _():
-            source = refs.fresh.at[tiles.touched(tile) + index]
-            pltpu.make_async_copy(source, target, sem).start()
-
-        @pl.when(~new)
-        def _():
-            pltpu.make_async_copy(refs.scales.at[page(i)], target, sem).start()
+def start(source, target, sem) -> None:
+    """Starts a copy."""
+    pltpu.make_async_copy(source, target, sem).start()
 
 
 def _clear(kv, count) -> None:
     """Zeroes a block behind its positions: it may hold NaN, and a weight of 0 times NaN is no 0."""
-    size = min(16, kv.shape[0])
-    whole, rest = split(kv.shape[0] - count, size)
+    whole, rest = split(kv.shape[0] - count, CLEARED)
 
     def zero(start, size):
         kv[pl.ds(start, size)] = jnp.zeros((size, *kv.shape[1:]), kv.dtype)
 
     @pl.loop(0, whole)
     def _(i):
-        zero(kv.shape[0] - (i + 1) * size, size)
+        zero(kv.shape[0] - (i + 1) * CLEARED, CLEARED)
 
-    pieces(rest, size // 2, lambda offset, size: zero(count + offset, size))
-
-
-def wait_for_item(shape: Shape, tiles: TileScalars, refs: Refs, tile, at, slot, ring) -> None:
-    """Waits for an item's keys and values and, at a tile's first item, for its queries."""
-    count = jnp.minimum(tiles.visible(tile) - at * shape.block, shape.block)
-
-    def kv(offset, size):
-        wait(refs.kv.at[slot, pl.ds(offset, size)], refs.kv_sem.at[slot])
-
-    def q(offset, size):
-        wait(refs.q_ring.at[ring, pl.ds(offset, size)], refs.q_sem.at[ring])
-
-    pieces(count, shape.block, kv)
-    if refs.scales is not None:
-
-        @pl.loop(0, split(count + shape.page_size - 1, shape.page_size)[0])
-        def _(i):
-            wait(refs.kv_scales.at[slot, 0], refs.scale_sem.at[slot])
-
-    @pl.when(at == 0)
-    def _():
-        pieces(tiles.tokens(tile), min(shape.height, refs.q.shape[0]), q)
+    pieces(rest, CLEARED // 2, lambda offset, size: zero(count + offset, size))
 
 
 def wait(ref, sem) -> None:

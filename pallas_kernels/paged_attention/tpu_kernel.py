@@ -82,7 +82,7 @@ def _fetch_step(shape, tiles, refs, first, end, line, ahead, step):
         @pl.when(tile < end)
         def _(tile=tile, at=at, number=number, slot=step * shape.items + i):
             ring = (tile - first) & (shape.rings - 1)
-            tpu_copies.fetch(shape, tiles, refs, tile, at, slot, number, ring)
+            tpu_copies.Item(shape, tiles, refs, tile, at, slot, number, ring).fetch()
 
         ahead = (*tiles.advance(tile, at, shape.block), number)
     return line, ahead
@@ -104,7 +104,7 @@ def _attend_step(shape, tiles, refs, first, end, items):
 
         @pl.when(tile < end)
         def _(tile=tile, at=at, slot=slot, ring=ring):
-            tpu_copies.wait_for_item(shape, tiles, refs, tile, at, slot, ring)
+            tpu_copies.Item(shape, tiles, refs, tile, at, slot, None, ring).wait()
 
             @pl.when((at == 0) & (tile - first >= shape.rings))
             def _():

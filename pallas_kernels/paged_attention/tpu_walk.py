@@ -52,6 +52,11 @@ class Shape:
     plain: bool
 
     @property
+    def pages(self) -> int:
+        """Pages of a block."""
+        return self.block // self.page_size
+
+    @property
     def group(self) -> int:
         """Query heads of a kv head."""
         return self.heads // self.kv_heads
@@ -112,7 +117,7 @@ def scratch(shape: Shape, q_dtype, kv_dtype, scaled: bool) -> dict[str, Any]:
     K, N, H, items = shape.kv_heads, shape.padded_heads, shape.head_dim, shape.items
     buffers, rows = STEPS * items, shape.group * shape.height
     one = shape.height == 1
-    per_page = (buffers, shape.block // shape.page_size, 2 * K, shape.page_size)
+    per_page = (buffers, shape.pages, 2 * K, shape.page_size)
     return {
         "lines": pltpu.SMEM((LINES, shape.line // 128, 128), jnp.int32),
         "kv": pltpu.VMEM((buffers, shape.block, 2 * K, H), kv_dtype),
@@ -230,7 +235,7 @@ def pieces(count, most: int, body) -> None:
 
     A copy's size is static on TPU, and at most what it copies from. ``count`` is at most ``most``.
     """
-    size = 1 << (most.bit_length() - 1)
+    size = 1 << most.bit_length() >> 1
     while size:
 
         @pl.when((count & size) != 0)
