@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import vision_model
+import vision_samples as samples
 
 from qwen_jax.engine.pictures import FeatureStore, visual_rows
 from qwen_jax.model import vision
@@ -118,6 +119,20 @@ def test_a_chunk_that_ends_inside_an_image_changes_nothing(limit):
     llm = vision_model.open_llm("vl_moe", max_num_batched_tokens=limit)
     for case in ("two images", "image and video"):
         assert generated(llm, [case]) == [GOLDEN[f"greedy/{case}"].tolist()]
+
+
+def test_pages_with_a_picture_are_shared_with_the_same_picture_alone(llm):
+    def ask(seed):
+        picture = samples.noise(96, 160, 3, seed=seed)  # 15 tokens: a page with the one before
+        given = {"prompt": f"{vision_model.IMAGE}hello", "multi_modal_data": {"image": picture}}
+        (result,) = llm.generate(given, GREEDY, use_tqdm=False)
+        return result.metrics.cached_tokens, result.outputs[0].token_ids
+
+    first, other, again = ask(50), ask(51), ask(50)
+    assert (first[0], other[0], again[0]) == (0, 0, 16)
+    assert again[1] == first[1]
+    llm.engine._core._pool.forget(range(llm.engine.stats().pages_total))
+    assert ask(51) == other
 
 
 def test_logits_with_heads_over_two_devices_equal_transformers():
