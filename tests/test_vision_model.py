@@ -13,6 +13,7 @@ import pytest
 import vision_model
 import vision_samples as samples
 
+from qwen_jax.engine.compile_clock import compile_clock
 from qwen_jax.engine.pictures import FeatureStore, visual_rows
 from qwen_jax.model import vision
 from qwen_jax.prompt import images
@@ -227,3 +228,11 @@ def test_wishes_count_for_one_prompt_and_for_all():
     assert llm.inputs.prompt({**request, **wishes}).vision.pictures[0].num_pixels == 15360
     with pytest.raises(ValueError, match="did you mean 'max_pixels'"):
         llm.inputs.prompt({**request, "mm_processor_kwargs": {"max_pixel": 1}})
+
+
+def test_no_picture_of_a_known_size_compiles_anything_after_the_warm_up():
+    llm = vision_model.open_llm("vl_moe")
+    llm.engine.warmup()
+    before = compile_clock().programs
+    assert generated(llm, ["two images"]) == [GOLDEN["greedy/two images"].tolist()]
+    assert compile_clock().programs == before

@@ -63,7 +63,7 @@ class Step:
     @property
     def constrained(self) -> bool:
         """Whether a row's mask is needed before it chooses."""
-        return any(part.chooses and part.row.constraint for part in self.parts)
+        return any(part.chooses and part.row.constraint is not None for part in self.parts)
 
 
 class Scheduler:
