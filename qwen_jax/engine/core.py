@@ -5,8 +5,8 @@ on one thread.
 """
 
 import collections
+import itertools
 import logging
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -69,7 +69,6 @@ class Core:
         self._logprobs = TokenLogprobs(tokenizer)
         self._requests: dict[Request, None] = {}
         self._flights: collections.deque[Flight] = collections.deque()
-        self._waited = 0.0
 
     # ---- requests --------------------------------------------------------------------------------
 
@@ -143,7 +142,10 @@ class Core:
 
     def turn(self) -> None:
         """Plans and starts a step, then takes the tokens of the one before."""
-        began, self._waited = self._clock.now(), 0.0
+        with self._clock.turn():
+            self._turn()
+
+    def _turn(self) -> None:
         step = None
         try:
             self._revive()
@@ -154,7 +156,6 @@ class Core:
                 self._land()
         except StepFailed as failure:
             self._recover(failure, step)
-        self._clock.worked(*began, self._waited)
 
     def _start(self, step: Step) -> None:
         if not self._flights:
@@ -197,9 +198,8 @@ class Core:
     def _land(self) -> None:
         """Waits for the first step on its way, and hands out what it brought."""
         flight = self._flights[0]
-        began = time.perf_counter()
-        on_device(flight.land)
-        self._waited += time.perf_counter() - began
+        with self._clock.wait():
+            on_device(flight.land)
         self._flights.popleft()
         passes = int(flight.made.count.max()) if flight.step.steps and flight.made else 1
         seconds = self._clock.landed(flight.step, passes)
@@ -259,7 +259,8 @@ class Core:
         """Makes the cache larger, by doubling, to what rows will soon want; False if it may not."""
         if wanted > self._max_pages or self._pool.num_pages >= self._max_pages:
             return False
-        rows = [*self._scheduler.running, *self._scheduler.waiting][: self._max_rows]
+        rows = itertools.chain(self._scheduler.running, self._scheduler.waiting)
+        rows = itertools.islice(rows, self._max_rows)
         tokens = (len(r.tokens) + min(r.left, _AHEAD) for r in rows)
         wanted = max(wanted, sum(-(-n // self._page_size) for n in tokens))
         size = self._pool.num_pages

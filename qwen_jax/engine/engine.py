@@ -232,5 +232,7 @@ class Engine:
         self._queued.append(request)
 
     def _cancel(self, request: Request) -> None:
+        if request.done:
+            return
         with self._driver.lock:
             self._driver.post(lambda: self._core.cancel(request))

@@ -16,7 +16,8 @@ class Totals:
         decode_time: of the device, for the others; a mixed step is shared out by its tokens.
         compile_time: tracing and compiling.
         steps: forward passes.
-        host_time: the engine's own work: planning, feeding the device, taking tokens to text.
+        host_time: processor time of the engine's thread: planning, feeding the device, making text
+            of tokens.
         wait_time: the engine had nothing to do until the device was done.
     """
 
