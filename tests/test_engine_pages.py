@@ -176,3 +176,34 @@ def test_no_page_is_lost_or_has_two_owners(size, actions):
     for pages in held:
         pool.release(pages)
     assert (pool.used, len(pool.allocate(size))) == (0, size)
+
+
+# ---- a cache in pieces ---------------------------------------------------------------------------
+
+
+def test_pages_of_a_row_are_of_one_piece():
+    pool = PagePool(8, pieces=2)
+    rows = [pool.allocate(2) for _ in range(3)]
+    assert [{page // 4 for page in row} for row in rows] == [{0}, {1}, {0}]  # the emptiest
+    assert pool.allocate(3) is None
+    assert pool.extend([(rows[1][0], 2), (rows[0][0], 0)]) == [[6, 7], []]
+    assert pool.extend([(rows[0][0], 1)]) is None
+    assert pool.used == 8
+
+
+def test_a_prefix_is_found_in_its_own_piece():
+    pool = PagePool(8, pieces=2)
+    first, second = pool.allocate(1), pool.allocate(2)
+    pool.release(first)
+    for page, key in zip(second, KEYS[:2], strict=True):
+        pool.register(page, key)
+    shared, found = pool.claim(KEYS[:3], 3)
+    assert (shared[:2], found) == (second, 2)
+    assert pool.claim(KEYS[:3], 4)[1] == 0  # no room beside it: computed again in the other piece
+
+
+def test_a_cache_in_pieces_does_not_grow():
+    with pytest.raises(ValueError, match="in 2 pieces keeps its size"):
+        PagePool(8, pieces=2).grow(16)
+    with pytest.raises(ValueError, match="not 3 equal pieces"):
+        PagePool(8, pieces=3)

@@ -2,6 +2,7 @@
 
 import functools
 import tempfile
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,11 @@ import pytest
 import tiny
 
 from qwen_jax import functional
+from qwen_jax.llm import LLM
 from qwen_jax.model.cache import make_cache, pack, row_ways
 from qwen_jax.model.row_shards import rows_here
 from qwen_jax.model.step import jit_step
+from qwen_jax.requests import SamplingParams
 from qwen_jax.runtime import Buckets, Runtime
 from qwen_jax.sharding import Rules
 from qwen_jax.weights import checkpoint
@@ -137,3 +140,25 @@ def test_pages_that_do_not_split_are_refused():
     config = checkpoint.read_config(checkpoint.resolve(directory("moe")))
     with pytest.raises(ValueError, match=r"6 pages do not split over data\+expert=4"):
         make_cache(config.text, machine, 6)
+
+
+def test_the_engine_keeps_each_row_where_its_pages_are():
+    prompts = [{"prompt_token_ids": tiny.prompt(n, 128, seed=n).tolist()} for n in (5, 40, 3, 17)]
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    buckets = Buckets(tokens=(64,), rows=(4,))
+    found = []
+    for mesh, strategy in (("tensor=1", "auto"), ("data=2,tensor=2", "dp-attention+ep+tp")):
+        made = functools.partial(Runtime.make, buckets=buckets)
+        with mock.patch.object(Runtime, "make", made):
+            llm = LLM(
+                directory("moe"),
+                mesh=mesh,
+                strategy=strategy,
+                max_model_len=64,
+                page_size=PAGE,
+                max_num_seqs=4,
+                dtype="float32",
+            )
+        results = llm.generate(prompts, params, use_tqdm=False)
+        found.append([result.outputs[0].token_ids for result in results])
+    assert found[0] == found[1]

@@ -23,6 +23,7 @@ from qwen_jax.engine.scheduler import Part, Scheduler, Step
 from qwen_jax.engine.step_clock import StepClock
 from qwen_jax.engine.token_logprobs import Entry, TokenLogprobs
 from qwen_jax.engine.totals import EngineStats, Totals
+from qwen_jax.model.cache import row_ways
 from qwen_jax.prompt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Core:
     ):
         self._runner, self._max_pages, self._max_rows = runner, max_pages, max_rows
         self._page_size = runner.runtime.page_size
-        self._pool = PagePool(runner.num_pages)
+        self._pool = PagePool(runner.num_pages, row_ways(runner.runtime))
         self._scheduler = Scheduler(
             self._pool,
             page_size=self._page_size,

@@ -26,6 +26,7 @@ from qwen_jax.engine.runner import Runner
 from qwen_jax.engine.slots import settings
 from qwen_jax.engine.totals import EngineStats, Totals
 from qwen_jax.engine.warmup import Progress, warm_up
+from qwen_jax.model.cache import row_ways
 from qwen_jax.requests import Prompt, SamplingParams
 from qwen_jax.runtime import Runtime
 from qwen_jax.weights.config import ModelConfig
@@ -89,12 +90,15 @@ class Engine:
         features: FeatureStore | None = None,
         constraints: Callable[[Any], Factory] | None = None,
     ):
-        if limits.max_pages * runtime.page_size < defaults.max_model_len:
+        pieces = row_ways(runtime)  # a row is in one of them
+        if limits.max_pages // pieces * runtime.page_size < defaults.max_model_len:
+            where = f" in {pieces} pieces" if pieces > 1 else ""
             raise ValueError(
-                f"max_pages={limits.max_pages:,} of {runtime.page_size} tokens do not hold "
+                f"max_pages={limits.max_pages:,} of {runtime.page_size} tokens{where} do not hold "
                 f"max_model_len={defaults.max_model_len:,}"
             )
-        shared = runtime.mesh.devices.flat[0].platform == "cpu"
+        # Pages of a cache in pieces cannot change places; an accelerator's memory is ours alone.
+        growing = pieces == 1 and runtime.mesh.devices.flat[0].platform == "cpu"
         runner = Runner(
             params,
             config,
@@ -103,7 +107,7 @@ class Engine:
             max_rows=limits.max_rows,
             max_tokens=limits.max_tokens,
             max_model_len=defaults.max_model_len,
-            num_pages=min(limits.max_pages, FIRST_PAGES) if shared else limits.max_pages,
+            num_pages=min(limits.max_pages, FIRST_PAGES) if growing else limits.max_pages,
         )
         self.runner = runner
         self._core = Core(

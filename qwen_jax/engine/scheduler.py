@@ -227,15 +227,18 @@ class Scheduler:
 
     def _reserve(self, step: Step) -> bool:
         """Pages for what the step writes; False, with nothing changed, if there are too few."""
-        need = [max(self._pages(p.row.computed + p.take) - len(p.row.pages), 0) for p in step.parts]
-        found = self.pool.allocate(sum(need))
-        if found is None and self._grow(self.pool.used + sum(need)):
-            found = self.pool.allocate(sum(need))
+        wants = []
+        for part in step.parts:
+            row = part.row
+            more = self._pages(row.computed + part.take) - len(row.pages)
+            wants.append((row.pages[0], max(more, 0)))
+        found = self.pool.extend(wants)
+        if found is None and self._grow(self.pool.used + sum(more for _, more in wants)):
+            found = self.pool.extend(wants)
         if found is None:
             return False
-        for part, count in zip(step.parts, need, strict=True):
-            part.row.pages += found[:count]
-            del found[:count]
+        for part, pages in zip(step.parts, found, strict=True):
+            part.row.pages += pages
         return True
 
     def _count(self, step: Step) -> None:

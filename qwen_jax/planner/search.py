@@ -19,8 +19,9 @@ def rank(plan: Plan) -> tuple:
     """Sorts plans, the best first.
 
     What fits; then what this chip has kernels of its own for (not XLA's); then most decode tokens
-    per second; least sent; least memory. The bound is what a perfect program would reach, so plans within a percent count as equal, and
-    the one with fewer bytes on the links is taken: the overlap that hides them is never perfect.
+    per second; least sent; least memory. The bound is what a perfect program would reach, so plans
+    within a percent count as equal, and the one with fewer bytes on the links is taken: the overlap
+    that hides them is never perfect.
     """
     sent = sum(c.sent for c in plan.collectives)
     foreign = sum(name == "xla" for name in plan.kernels.values())
