@@ -35,6 +35,8 @@ def small_blocks():
     """Blocks of 128 positions and tall tiles of 16 tokens, so that small cases cross borders."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tpu, "BLOCK", 128)
+        patch.setattr(tpu, "LONGEST", 128)
+        patch.setattr(tpu, "STEP", 512)
         patch.setattr(tpu, "TALL_ROWS", 64)
         yield
 

@@ -17,7 +17,7 @@ an item. The kernel walks over all items in order, first of the short tiles, the
   16 rows of bfloat16 hold 12 heads (96/8) as they come, without padding in HBM.
 - A tall tile orders its rows by query head, then by token: any ratio of heads fills its rows.
 
-VMEM: three steps of blocks, STEPS * items * block * 2K * H numbers of the cache (6 MiB for 4 heads
+VMEM: three steps of blocks, STEPS * items * block * 2K * H numbers of the cache (3 MiB for 4 heads
 of bfloat16), the tiles' queries and results, and 3 float32 arrays of K * rows * 128.
 """
 
@@ -35,11 +35,12 @@ from pallas_kernels.paged_attention.facts import Facts
 from pallas_kernels.paged_attention.schedule import Rows
 from pallas_kernels.paged_attention.tpu_walk import Refs, Shape
 
-# Key positions of an item: one lane of scores each, so a multiple of 128; long enough that a step's
-# latency is hidden by its copies.
+# Key positions of an item: one lane of scores each, so a multiple of 128. Short tiles of few heads
+# take longer ones, because starting the copies of an item costs the same whatever it brings.
 BLOCK = 512
-# (Heads of a tile's key/value, times items) that a step of short tiles attends side by side.
-CHAINS = 4
+LONGEST = 1024
+# Key positions times kv heads that a step of short tiles attends: 1 MiB of bfloat16.
+STEP = 2048
 # Query rows of a kv head in a tall tile.
 TALL_ROWS = 512
 # Page-table entries per line at most.
@@ -121,12 +122,11 @@ def _shapes(facts: Facts, T: int, table: tuple[int, int], sm_scale: float, plain
     """The walk over tiles of one token and, where T > B, the one over longer tiles."""
     B, W = table
     line = min(LINE, max(128, pl.next_power_of_2(W)))
-    block = max(BLOCK, facts.page_size)
-    items = max(1, CHAINS // facts.kv_heads)
+    short = max(facts.page_size, min(LONGEST, max(BLOCK, STEP // facts.kv_heads)))
+    items = max(1, STEP // (facts.kv_heads * short))
     height = max(16, pl.next_power_of_2(TALL_ROWS * facts.kv_heads // facts.query_heads + 1) // 2)
     common = functools.partial(
         Shape,
-        block=block,
         page_size=facts.page_size,
         line=line,
         lines=pl.cdiv(W, line),
@@ -137,9 +137,9 @@ def _shapes(facts: Facts, T: int, table: tuple[int, int], sm_scale: float, plain
         sm_scale=sm_scale,
         plain=plain,
     )
-    shapes = [common(height=1, items=items)]
+    shapes = [common(height=1, items=items, block=short)]
     if T > B:
-        shapes.append(common(height=height, items=1))
+        shapes.append(common(height=height, items=1, block=max(BLOCK, facts.page_size)))
     return shapes
 
 
