@@ -90,6 +90,13 @@ qwen_jax.prompt.images
 qwen_jax.prompt.mrope
 qwen_jax.prompt.vision_prompt
 
+qwen_jax.structured
+qwen_jax.structured.spec
+qwen_jax.structured.matcher
+qwen_jax.structured.parameters
+qwen_jax.structured.tool_calls
+qwen_jax.structured.compile
+
 qwen_jax.sampling_rows
 qwen_jax.sampling_select
 qwen_jax.sampling_draw
