@@ -259,7 +259,9 @@ def test_optional_and_heavy_packages_are_imported_where_they_are_used(name):
 @pytest.mark.parametrize("name", [name for name in FILES if "server" not in name])
 def test_the_server_is_imported_late(name):
     at_top = imports(name, FILES[name].read_text(), top_only=True)
-    assert not {each for each in at_top if each.startswith("qwen_jax.server")}
+    # The settings are plain values.
+    found = {each for each in at_top if each.startswith("qwen_jax.server")}
+    assert found <= {"qwen_jax.server.settings"}
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,8 @@ async def respond(service: Service, request: Request, kind: Kind) -> Response:
     """The answer to a request over HTTP."""
     with contextlib.ExitStack() as held:
         held.enter_context(service.place())
-        body = validate(kind.model, await service.read(request), kind.known)
+        given = await service.read(request)
+        body = await asyncio.to_thread(validate, kind.model, given, kind.known)
         job = await kind.prepare(service, body)
         calls = service.new_calls()
         held.callback(service.close, calls)

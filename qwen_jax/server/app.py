@@ -43,8 +43,7 @@ def make_app(llm: Any, settings: Settings) -> tuple[Service, ASGIApp]:
         title="qwen-jax",
         version=package_version(),
         lifespan=lambda _: _lifespan(service, worker, ends),
-        docs_url=None,  # pages that load scripts from elsewhere
-        redoc_url=None,
+        openapi_url=None,  # OpenAI's own description of its API is the one that holds
     )
     app.include_router(routes(service))
     if settings.state is not None:

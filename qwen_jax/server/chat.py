@@ -20,13 +20,18 @@ from qwen_jax.server.errors import ApiError
 from qwen_jax.server.logprobs import prompt_logprobs
 from qwen_jax.server.sampling import check_room, sampling_params
 from qwen_jax.server.service import Service, new_id
-from qwen_jax.structured.spec import StructuredOutputs, ToolCalls
+from qwen_jax.structured.spec import StructuredOutputs, ToolCalls, read_schema
 
 # What `chat_parts` takes itself; other names of chat_template_kwargs reach the template.
-_RESERVED = frozenset(
-    ("messages", "tokenizer", "template", "tools", "add_generation_prompt", "self")
-    + ("continue_final_message",)
-)
+_RESERVED = {
+    "messages",
+    "tokenizer",
+    "template",
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "self",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +87,6 @@ async def prepare(service: Service, body: ChatRequest) -> ChatJob:
     messages = [_message(message.model_dump(exclude_none=True)) for message in body.messages]
     make = functools.partial(_prompt, service, body, messages, tools)
     prompt = await service.on_thread(make)
-    wish = _wish(service, body, choice, tools)
     most = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     top = (body.top_logprobs or 0) if body.logprobs else None
     params = sampling_params(
@@ -94,7 +98,8 @@ async def prepare(service: Service, body: ChatRequest) -> ChatJob:
     )
     field = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
     check_room(prompt, most, service.llm.max_model_len, field)
-    if wish is not None:
+    wish = _wish(service, body, choice, tools) or params.structured_outputs
+    if isinstance(wish, StructuredOutputs):
         grammar = await service.compile(wish, prompt)
         params = dataclasses.replace(params, structured_outputs=grammar)
     return ChatJob(
@@ -186,7 +191,7 @@ def _wish(
     if choice == "auto":
         if form is None:
             return None
-        schema = form.json if form.json is not None else {"type": "object"}
+        schema = {"type": "object"} if form.json is None else read_schema(form.json, "JSON schema")
         return StructuredOutputs(tool_calls=ToolCalls(kind, tools, many, answer=schema))
     if isinstance(choice, NamedTool):
         tools = [tool for tool in tools if tool["function"]["name"] == choice.function.name]

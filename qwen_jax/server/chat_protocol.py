@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from qwen_jax.server.protocol import Common, Strict, known_fields, unsupported
+from qwen_jax.server.protocol import FIRST, Common, Strict, known_fields, unsupported
 
 MAX_TOOLS = 512
 
@@ -56,9 +56,9 @@ class Message(Strict):
     """Any role; what a role may hold is the chat template's affair (see `chat_messages`)."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], FIRST] | None = None
     name: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: Annotated[list[Call], FIRST] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -92,7 +92,7 @@ class NamedTool(Strict):
 
 class AllowedTools(Strict):
     mode: Literal["auto", "required"]
-    tools: list[NamedTool]
+    tools: Annotated[list[NamedTool], FIRST]
 
 
 class AllowedChoice(Strict):
@@ -130,13 +130,13 @@ Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, pydantic.Field(disc
 class ChatRequest(Common):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], pydantic.Field(min_length=1)]
+    messages: Annotated[list[Message], pydantic.Field(min_length=1), FIRST]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, pydantic.Field(ge=0, le=20)] | None = None
     response_format: Format | None = None
-    tools: Annotated[list[Tool], pydantic.Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], pydantic.Field(max_length=MAX_TOOLS), FIRST] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (

@@ -1,6 +1,6 @@
 """The body of a completion. Source: OpenAI's API reference."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import pydantic
 
@@ -9,14 +9,33 @@ from qwen_jax.server.protocol import Common, known_fields
 MAX_PROMPTS = 2048
 _MAX_LOGPROBS = 20
 
-Tokens = Annotated[list[int], pydantic.Field(min_length=1)]
-Many = pydantic.Field(min_length=1, max_length=MAX_PROMPTS)
+
+def _check_prompt(prompt: Any) -> Any:
+    """By hand: of the four types of a union pydantic tries all, and complains of each item."""
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, list) or not prompt:
+        raise ValueError("a prompt is a text, token ids, or a list of one of these")
+    if isinstance(prompt[0], str | list) and len(prompt) > MAX_PROMPTS:
+        raise ValueError(f"{len(prompt):,} prompts are more than {MAX_PROMPTS:,}")
+    kind = type(prompt[0])
+    if not all(type(item) is kind for item in prompt) or kind not in (str, int, list):
+        raise ValueError("the items of prompt are all texts, all token ids, or all lists of them")
+    for ids in prompt if kind is list else [prompt] if kind is int else []:
+        if not ids or not all(type(token) is int for token in ids):
+            raise ValueError("token ids are integers, at least one")
+    return prompt
+
+
+Prompts = Annotated[
+    str | list[int] | list[str] | list[list[int]], pydantic.PlainValidator(_check_prompt)
+]
 
 
 class CompletionRequest(Common):
     """POST /v1/completions."""
 
-    prompt: str | Tokens | Annotated[list[str], Many] | Annotated[list[Tokens], Many]
+    prompt: Prompts
     suffix: str | None = None
     """Code behind the gap; the prompt is the code before it."""
     max_tokens: int | None = 16

@@ -15,7 +15,7 @@ from qwen_jax.results import RequestOutput
 from qwen_jax.server.calls import Calls
 from qwen_jax.server.chat import usage
 from qwen_jax.server.completion_protocol import CompletionRequest
-from qwen_jax.server.errors import ApiError, bad_request
+from qwen_jax.server.errors import ApiError
 from qwen_jax.server.logprobs import TextLogprobs, prompt_logprobs
 from qwen_jax.server.sampling import check_room, sampling_params
 from qwen_jax.server.service import Service, new_id
@@ -67,12 +67,11 @@ async def prepare(service: Service, body: CompletionRequest) -> CompletionJob:
         logprobs=body.logprobs,
         **({} if echoed is None else {"prompt_logprobs": echoed}),
     )
-    with bad_request():
-        wish = body.structured_outputs and StructuredOutputs.from_mapping(body.structured_outputs)
+    wish = params.structured_outputs
     jobs = []
     for prompt in prompts:
         own = params
-        if wish:
+        if isinstance(wish, StructuredOutputs):
             grammar = await service.compile(wish, prompt)
             own = dataclasses.replace(params, structured_outputs=grammar)
         jobs.append((prompt, own))

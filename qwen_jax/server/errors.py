@@ -19,6 +19,7 @@ _TYPES = {
     503: "service_unavailable_error",
 }
 _RETRY_AFTER = 1  # seconds: a place in the queue comes free with any request that ends
+_NOTHING = object()
 _MAX_SHOWN = 500  # characters of a message that quotes what a client sent
 
 
@@ -92,8 +93,11 @@ def of_validation(
         body: what was checked.
         known: names of fields, for a did-you-mean.
     """
-    # Of the branches of a union the one that got farthest was meant.
-    first = max(complaints, key=lambda c: len(_path(c["loc"], body)))
+    # Of the branches of a union the one that got farthest was meant, and of these one whose type
+    # was right.
+    first = max(
+        complaints, key=lambda c: (len(_path(c["loc"], body)), not c["type"].endswith("_type"))
+    )
     path = _path(first["loc"], body)
     param = _written(path) or None
     if first["type"] == "extra_forbidden":
@@ -116,11 +120,14 @@ def _path(location: Sequence[str | int], body: Any) -> list[str | int]:
     """The parts of a pydantic location that lead somewhere; the others name branches of unions."""
     path: list[str | int] = []
     for part in location:
-        if (isinstance(body, Mapping) and part in body) or (isinstance(body, list) and isinstance(part, int) and part < len(body)):
-            body = body[part]
-        else:
-            continue
-        path.append(part)
+        found = _NOTHING
+        if isinstance(body, Mapping):
+            found = body.get(part, _NOTHING)
+        elif isinstance(body, list) and isinstance(part, int) and part < len(body):
+            found = body[part]
+        if found is not _NOTHING:
+            body = found
+            path.append(part)
     return path
 
 

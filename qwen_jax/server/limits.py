@@ -5,7 +5,7 @@ Knows bytes, JSON and clocks; knows no field of a request.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from typing import Any, TypeVar
 
 import pydantic
@@ -63,7 +63,7 @@ async def read_body(request: Request, *, most: int, timeout: float) -> bytes:
 
 async def within(
     stream: AsyncIterator[bytes], *, most: int, timeout: float
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """A body's pieces, as long as they are not too many and come in time."""
     size = 0
     deadline = asyncio.get_running_loop().time() + timeout

@@ -26,7 +26,10 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None
 
 
-Stop = str | Annotated[list[str], pydantic.Field(max_length=MAX_STOPS)]
+# Of a list of a million wrong things the first is enough.
+FIRST = pydantic.Field(fail_fast=True)
+Tokens = Annotated[list[int], FIRST]
+Stop = str | Annotated[list[str], pydantic.Field(max_length=MAX_STOPS), FIRST]
 
 
 class Common(Strict):
@@ -49,11 +52,11 @@ class Common(Strict):
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Tokens | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    allowed_token_ids: list[int] | None = None
+    allowed_token_ids: Tokens | None = None
     prompt_logprobs: int | None = None
     structured_outputs: dict[str, Any] | None = None
     mm_processor_kwargs: dict[str, Any] | None = None

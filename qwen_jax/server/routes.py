@@ -21,9 +21,7 @@ def routes(service: Service) -> APIRouter:
     """The routes of a server."""
     router = APIRouter()
     for path, kind in KINDS.items():
-        router.add_api_route(
-            path, _generating(service, kind), methods=["POST"], openapi_extra=_about(kind)
-        )
+        router.add_api_route(path, _generating(service, kind), methods=["POST"])
 
     @router.get("/v1/models")
     async def models() -> Response:
@@ -59,13 +57,6 @@ def _generating(service: Service, kind: Kind):
         return await respond(service, request, kind)
 
     return generate
-
-
-def _about(kind: Kind) -> dict:
-    """The body for /openapi.json: the routes read it themselves, to answer in OpenAI's form."""
-    schema = kind.model.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def _model(service: Service, name: str) -> dict:

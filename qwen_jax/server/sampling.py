@@ -8,7 +8,26 @@ from qwen_jax.requests import Prompt, SamplingParams
 from qwen_jax.server.errors import ApiError, bad_request
 from qwen_jax.server.protocol import Common
 
-_SAME = ["frequency_penalty", "presence_penalty", "n", "seed", "stop", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "allowed_token_ids", "prompt_logprobs", "structured_outputs"]
+_SAME = (
+    "frequency_penalty",
+    "presence_penalty",
+    "n",
+    "seed",
+    "stop",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "min_tokens",
+    "stop_token_ids",
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "allowed_token_ids",
+    "prompt_logprobs",
+    "structured_outputs",
+)
 MAX_N = 128
 
 
@@ -37,15 +56,15 @@ def sampling_params(
             params = dataclasses.replace(defaults, **given)
             params.check("the request", vocab_size=vocab_size, has_tokenizer=True)
     except ApiError as error:
-        error.param = _named(error.message)
+        error.param = _named(error.message, body)
         raise
     return params
 
 
-def _named(message: str) -> str | None:
+def _named(message: str, body: Common) -> str | None:
     """The field that a complaint of `SamplingParams` is about."""
     words = re.findall(r"\w+", message)
-    return next((word for word in words if word in Common.model_fields), None)
+    return next((word for word in words if word in type(body).model_fields), None)
 
 
 def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
