@@ -37,7 +37,10 @@ __all__ = [
     "jit_first",
     "jit_generate",
     "jit_prefill",
+    "logprob_buffers",
     "prefill",
+    "prompt_logprobs",
+    "take",
 ]
 
 _LOGIT_BLOCK = 64  # tokens whose logits exist at once while prompt logprobs are made
@@ -70,7 +73,7 @@ def prefill(
     x_TD, cache = forward(params, config, runtime, batch, cache)
     logprobs = None
     if num_logprobs is not None:
-        logprobs = _prompt_logprobs(params, config, runtime, x_TD, targets, num_logprobs)
+        logprobs = prompt_logprobs(params, config, runtime, x_TD, targets, num_logprobs)
     return last_of_rows(x_TD, batch), cache, logprobs
 
 
@@ -109,9 +112,9 @@ def first(
         taken=zeros,
         finish=jnp.where(rows.max_tokens > 0, RUNNING, LENGTH).astype(jnp.int32),
         counts=counts,
-        logprobs=_logprob_buffers(size, config, options),
+        logprobs=logprob_buffers(size, config, options),
     )
-    return _take(state, unembed(params, x_BD, config, runtime), rows, options)
+    return take(state, unembed(params, x_BD, config, runtime), rows, options)
 
 
 def advance(
@@ -143,7 +146,7 @@ def advance(
         x_TD, cache = forward(params, config, runtime, batch, state.cache)
         logits_BV = unembed(params, last_of_rows(x_TD, batch), config, runtime)
         state = replace(state, cache=cache, kv_lens=batch.kv_lens)
-        return _take(state, logits_BV, rows, options), done + 1
+        return take(state, logits_BV, rows, options), done + 1
 
     return jax.lax.while_loop(unfinished, decode, (state, jnp.int32(0)))[0]
 
@@ -164,7 +167,7 @@ def _decode_batch(state: State, rows: Rows, alive: jax.Array) -> RaggedBatch:
     )
 
 
-def _take(state: State, logits_BV: jax.Array, rows: Rows, options: Options) -> State:
+def take(state: State, logits_BV: jax.Array, rows: Rows, options: Options) -> State:
     """Samples a token for every row alive, and decides which rows have finished."""
     alive = state.finish == RUNNING
     sampled = sampling.sample(
@@ -203,7 +206,8 @@ def _take(state: State, logits_BV: jax.Array, rows: Rows, options: Options) -> S
     )
 
 
-def _logprob_buffers(rows: int, config: ModelConfig, options: Options) -> sampling.Logprobs | None:
+def logprob_buffers(rows: int, config: ModelConfig, options: Options) -> sampling.Logprobs | None:
+    """Room for the logprobs of `State.tokens`, if ``options`` ask for any."""
     k = options.logprobs
     if k is None:
         return None
@@ -217,7 +221,7 @@ def _logprob_buffers(rows: int, config: ModelConfig, options: Options) -> sampli
     )
 
 
-def _prompt_logprobs(params, config, runtime, x_TD, targets_T, k: int) -> sampling.Logprobs:
+def prompt_logprobs(params, config, runtime, x_TD, targets_T, k: int) -> sampling.Logprobs:
     """Logprobs of ``targets``, a block of tokens at a time: [T, V] logits never exist."""
     tokens, width = x_TD.shape
     block = min(_LOGIT_BLOCK, tokens)

@@ -4,7 +4,6 @@ Knows the pieces and how they fit: checkpoint, tokenizer, template, generate loo
 a request is scheduled (`engine/`), nor anything of the command line or of HTTP.
 """
 
-import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -12,10 +11,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from qwen_jax.engine import offline
 from qwen_jax.engine.capacity import make_plan, prefill_limit
-from qwen_jax.engine.offline import Offline, Totals
+from qwen_jax.engine.engine import Engine, Limits
 from qwen_jax.engine.pictures import FeatureStore
-from qwen_jax.engine.static_batch import StaticBatch
+from qwen_jax.engine.request import Defaults
+from qwen_jax.engine.totals import Totals
 from qwen_jax.functional import auto_mesh, find_tokenizer
 from qwen_jax.inputs import Inputs, Messages, add_message, eos_ids, find_template
 from qwen_jax.picture_inputs import PictureInputs, find_rules
@@ -115,7 +116,7 @@ class LLM:
         self.tokenizer = find_tokenizer(loaded)
         self.template = find_template(loaded)
         self.max_model_len = self.plan.max_model_len
-        self._inputs = Inputs(
+        self.inputs = Inputs(
             self.tokenizer,
             self.template,
             PictureInputs(
@@ -131,23 +132,18 @@ class LLM:
             max_model_len=self.max_model_len,
             most_tokens=min(self.plan.kv_tokens, self.plan.model_limit),
         )
-        batch = StaticBatch(
+        self.engine = Engine(
             self.params,
             self.config,
             self.runtime,
-            self.tokenizer,
-            max_pages=self.plan.pages,
-            max_model_len=self.max_model_len,
-            max_prefill_tokens=chunk,
+            Defaults(
+                self.tokenizer,
+                eos_ids(self.config, self.generation_config),
+                self.max_model_len,
+                seed,
+            ),
+            Limits(max_num_seqs, chunk, self.plan.pages),
             features=FeatureStore.make(self.params, self.config, self.runtime, rules),
-        )
-        self._offline = Offline(
-            batch,
-            self.tokenizer,
-            eos_ids=eos_ids(self.config, self.generation_config),
-            max_model_len=self.max_model_len,
-            max_num_seqs=max_num_seqs,
-            seed=seed,
         )
 
     # ---- what users call ---------------------------------------------------------------------
@@ -170,8 +166,10 @@ class LLM:
         Raises:
             ValueError: an empty, too long or impossible prompt; it names which.
         """
-        ready = [self._inputs.prompt(p, f"prompt {i}") for i, p in enumerate(as_prompts(prompts))]
-        return self._offline.run(ready, self._params_for(params, len(ready)), use_tqdm=use_tqdm)
+        ready = [self.inputs.prompt(p, f"prompt {i}") for i, p in enumerate(as_prompts(prompts))]
+        return offline.run(
+            self.engine, ready, self._params_for(params, len(ready)), use_tqdm=use_tqdm
+        )
 
     def chat(
         self,
@@ -195,13 +193,13 @@ class LLM:
             "add_generation_prompt": add_generation_prompt,
             **(chat_template_kwargs or {}),
         }
-        prompts = [self._inputs.chat(c, options, mm_processor_kwargs) for c in conversations]
-        results = self._offline.run(
-            prompts, self._params_for(params, len(prompts)), use_tqdm=use_tqdm
+        prompts = [self.inputs.chat(c, options, mm_processor_kwargs) for c in conversations]
+        results = offline.run(
+            self.engine, prompts, self._params_for(params, len(prompts)), use_tqdm=use_tqdm
         )
         for prompt, result in zip(prompts, results, strict=True):
             for output in result.outputs:
-                parser = self._inputs.parser(prompt, tools)
+                parser = self.inputs.parser(prompt, tools)
                 parser.push(output.text)
                 parser.finish()
                 add_message(output, parser.message)
@@ -231,7 +229,7 @@ class LLM:
         prompt = self.fill_prompt(
             prefix, suffix, path=path, repo=repo, files=files, chat_wrapped=chat_wrapped
         )
-        return self._offline.run([prompt], self._params_for(params, 1), use_tqdm=use_tqdm)
+        return offline.run(self.engine, [prompt], self._params_for(params, 1), use_tqdm=use_tqdm)
 
     def fill_prompt(
         self,
@@ -244,7 +242,7 @@ class LLM:
         chat_wrapped: bool | None = None,
     ) -> Prompt:
         """The prompt of `fill`, with the same arguments, for `generate` or `stream`."""
-        return self._inputs.fill(
+        return self.inputs.fill(
             prefix, suffix, path=path, repo=repo, files=files, chat_wrapped=chat_wrapped
         )
 
@@ -260,13 +258,13 @@ class LLM:
         """Yields a completion (of a prompt) or an answer (to messages) while it is generated."""
         parser = None
         if isinstance(prompt_or_messages, str | Mapping | Prompt):
-            prompt = self._inputs.prompt(prompt_or_messages)
+            prompt = self.inputs.prompt(prompt_or_messages)
         else:
             options = {"tools": tools, **(chat_template_kwargs or {})}
-            prompt = self._inputs.chat(prompt_or_messages, options, mm_processor_kwargs)
-            parser = self._inputs.parser(prompt, tools)
+            prompt = self.inputs.chat(prompt_or_messages, options, mm_processor_kwargs)
+            parser = self.inputs.parser(prompt, tools)
         (given,) = self._params_for(params, 1)
-        for text, result in self._offline.stream(prompt, given):
+        for text, result in offline.stream(self.engine, prompt, given):
             deltas = parser.push(text) if parser else []
             if result is not None and parser is not None:
                 deltas += parser.finish()
@@ -281,7 +279,7 @@ class LLM:
     @property
     def totals(self) -> Totals:
         """Tokens and times of everything so far."""
-        return dataclasses.replace(self._offline.totals)
+        return self.engine.totals
 
     def _params_for(
         self, params: SamplingParams | Seq[SamplingParams] | None, count: int

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from qwen_jax.prompt.parsing import Delta
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,9 @@ class Metrics:
         prompt_tokens, generated_tokens: counts.
         picture_tokens: those of the prompt that stand for pictures and videos.
         picture_pixels: of the pictures and of all frames, as they were seen (after resizing).
-        time_to_first_token: from the start of its batch to its first token.
+        cached_tokens: those of the prompt that were in the cache already.
+        arrival_time, first_token_time, finished_time: seconds since the epoch; 0 for never.
+        time_to_first_token: from its arrival to its first token.
         generation_time: from the first token to the last.
     """
 
@@ -36,6 +38,10 @@ class Metrics:
     generated_tokens: int = 0
     picture_tokens: int = 0
     picture_pixels: int = 0
+    cached_tokens: int = 0
+    arrival_time: float = 0.0
+    first_token_time: float = 0.0
+    finished_time: float = 0.0
     time_to_first_token: float = 0.0
     generation_time: float = 0.0
 
@@ -50,7 +56,7 @@ class CompletionOutput:
         token_ids: new tokens, the stop token included.
         cumulative_logprob: sum over ``token_ids``, or None without ``logprobs``.
         logprobs: per token a dict by token id, or None.
-        finish_reason: "stop" or "length".
+        finish_reason: "stop", "length", or "abort" for a request that was cancelled.
         stop_reason: the stop string or stop token id of the request that matched, or None.
         reasoning_content, content, tool_calls: the text, parsed.
     """

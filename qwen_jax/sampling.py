@@ -108,8 +108,13 @@ def sample(
     best_logit, best = select.argmax(processed_BV)
     tokens = best
     if not features.greedy_only:
-        drawn = draw(processed_BV, best_logit, rows, position=position, features=features)
-        tokens = jnp.where(rows.temperature < GREEDY_BELOW, best, drawn)
+        greedy = rows.temperature < GREEDY_BELOW
+
+        def drawn() -> jax.Array:
+            found = draw(processed_BV, best_logit, rows, position=position, features=features)
+            return jnp.where(greedy, best, found)
+
+        tokens = jax.lax.cond(jnp.all(greedy), lambda: best, drawn)
     tokens = jnp.where(best_logit == -jnp.inf, NO_TOKEN_LEFT, tokens)
     usable = jnp.isfinite(raw_max) & (best_logit < jnp.inf)
     tokens = jnp.where(usable, tokens, NOT_FINITE).astype(jnp.int32)
@@ -208,7 +213,13 @@ def process(
         early = (position < rows.min_tokens)[:, None]
         x = x.at[row, places(rows.stop_ids, early)].set(-jnp.inf, mode="drop")
     if features.bias:
-        x = x.at[row, places(rows.bias_ids)].add(rows.bias, mode="drop")
+        ids = places(rows.bias_ids)
+        x = jax.lax.cond(
+            jnp.any(ids < vocab_size),  # a scatter of nothing takes its time too
+            lambda x: x.at[row, ids].add(rows.bias, mode="drop"),
+            lambda x: x,
+            x,
+        )
     if features.penalties and counts is not None:
         seen = counts.prompt | (counts.output > 0)
         repetition = rows.repetition[:, None]

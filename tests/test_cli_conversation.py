@@ -6,7 +6,7 @@ import json
 import pytest
 
 from qwen_jax.commands.conversation import Conversation
-from qwen_jax.engine.offline import Totals
+from qwen_jax.engine.totals import Totals
 from qwen_jax.llm import StreamEvent
 from qwen_jax.prompt.parsing import OutputParser
 from qwen_jax.requests import SamplingParams

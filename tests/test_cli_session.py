@@ -12,7 +12,7 @@ import pytest
 from qwen_jax.commands import session
 from qwen_jax.commands.output import write_results
 from qwen_jax.engine import compile_clock
-from qwen_jax.engine.offline import Totals
+from qwen_jax.engine.totals import Totals
 from qwen_jax.results import CompletionOutput, Logprob, RequestOutput
 from qwen_jax.weights.checkpoint import Transfer
 

@@ -20,23 +20,6 @@ LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 # ---- chunks --------------------------------------------------------------------------------------
 
 
-def test_chunks_are_those_of_the_picture():
-    assert plan_chunks([7, 2, 3], 5) == [[5, 0, 0], [1, 1, 2], [1, 1, 1]]
-    assert plan_chunks([2, 3], 5) == [[2, 3]]
-    assert plan_chunks([1, 1, 1], 2) == [[1, 1, 1]]
-
-
-@given(lengths=LENGTHS, limit=st.integers(1, 50))
-def test_chunks_take_every_token_once_and_last_tokens_last(lengths, limit):
-    chunks = plan_chunks(lengths, limit)
-    assert np.sum(chunks, 0).tolist() == lengths
-    assert np.min(chunks) >= 0
-    assert min(chunks[-1]) >= 1
-    for takes in chunks[:-1]:
-        assert 0 < sum(takes) <= limit
-    assert sum(chunks[-1]) <= max(limit, len(lengths))
-
-
 @given(lengths=LENGTHS, limit=st.integers(1, 50))
 def test_targets_are_the_tokens_that_follow(lengths, limit):
     prompts = [tuple(1000 * b + i for i in range(n)) for b, n in enumerate(lengths)]

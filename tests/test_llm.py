@@ -144,21 +144,22 @@ def test_chunked_prefill_equals_whole(llm, together):
 
 
 def test_a_cache_that_grows_half_way_changes_nothing(llm, monkeypatch):
-    # 104 tokens and a stretch of 16 are 8 pages a row, the next stretch needs a ninth.
+    # 104 tokens are 7 pages a row, 40 more need a ninth.
     ids = np.random.default_rng(0).integers(0, 256, (4, 104))
     prompts = [{"prompt_token_ids": row} for row in ids]
     params = SamplingParams(temperature=0.0, max_tokens=40, stop="never")
     expected = tokens(llm.generate(prompts, params, use_tqdm=False))
-    monkeypatch.setattr("qwen_jax.engine.static_batch._FIRST_PAGES", 32)
+    monkeypatch.setattr("qwen_jax.engine.engine.FIRST_PAGES", 32)
+    monkeypatch.setattr("qwen_jax.engine.core._AHEAD", 4)
     model = tiny_llm.open_llm()
-    assert model._offline._batch._cache.num_pages == 32
+    assert model.engine.runner.num_pages == 32
     assert tokens(model.generate(prompts, params, use_tqdm=False)) == expected
-    assert model._offline._batch._cache.num_pages == 64
+    assert model.engine.runner.num_pages == 64
 
 
 def test_a_cache_lost_to_an_interrupt_is_made_anew(llm, together):
     model = tiny_llm.open_llm()
-    for array in model._offline._batch._cache.pages:
+    for array in model.engine.runner._cache.pages:
         array.delete()
     assert tokens(model.generate(PROMPTS, GREEDY, use_tqdm=False)) == tokens(together)
 

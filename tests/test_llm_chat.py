@@ -5,6 +5,7 @@ from unittest import mock
 import pytest
 import tiny_llm
 
+from qwen_jax.engine import offline
 from qwen_jax.prompt import fim
 from qwen_jax.prompt.chat import encode_chat
 from qwen_jax.prompt.parsing_tools import ContentDelta, ReasoningDelta, ToolCallDelta
@@ -36,15 +37,15 @@ def says_answer(llm):
         output = CompletionOutput(0, ANSWER, [1], finish_reason="stop")
         return RequestOutput("0", "", [1], None, [output])
 
-    def run(prompts, params, **_):
+    def run(engine, prompts, params, **_):
         return [result() for _ in prompts]
 
-    def stream(prompt, params):
+    def stream(engine, prompt, params):
         pieces = [ANSWER[i : i + 3] for i in range(0, len(ANSWER), 3)]
         yield from ((piece, None) for piece in pieces[:-1])
         yield pieces[-1], result()
 
-    with mock.patch.multiple(llm._offline, run=run, stream=stream):
+    with mock.patch.multiple(offline, run=run, stream=stream):
         yield
 
 
@@ -73,12 +74,15 @@ def test_an_abandoned_stream_leaves_the_llm_usable(llm):
     assert found.outputs == expected.outputs
 
 
-def test_a_stream_that_another_call_ended_says_so(llm):
-    stream = llm.stream("hello world", GREEDY)
-    next(stream)
-    llm.generate("def f(", GREEDY, use_tqdm=False)
-    with pytest.raises(RuntimeError, match="another call on this model has ended this stream"):
-        list(stream)
+def test_a_stream_and_another_call_leave_each_other_alone(llm):
+    texts = ["hello world", "def f("]
+    expected = [llm.generate(text, GREEDY, use_tqdm=False)[0].outputs for text in texts]
+    stream = llm.stream(texts[0], GREEDY)
+    first = next(stream)
+    (found,) = llm.generate(texts[1], GREEDY, use_tqdm=False)
+    events = [first, *stream]
+    assert [events[-1].output.outputs, found.outputs] == expected
+    assert "".join(event.text for event in events) == expected[0][0].text
 
 
 def test_several_completions_cannot_be_streamed(llm):
@@ -145,7 +149,7 @@ def test_a_streamed_answer_is_taken_apart_as_it_comes(llm, says_answer):
 
 def test_a_checkpoint_without_a_template_cannot_chat(llm):
     with (
-        mock.patch.object(llm._inputs, "_template", None),
+        mock.patch.object(llm.inputs, "_template", None),
         pytest.raises(ValueError, match="this checkpoint has none: use generate"),
     ):
         llm.chat(QUESTION)
@@ -179,7 +183,7 @@ def test_fill_ends_at_every_fim_token_and_generate_does_not(llm, token):
 
 def test_fill_cannot_be_wrapped_without_a_template(llm):
     with (
-        mock.patch.object(llm._inputs, "_template", None),
+        mock.patch.object(llm.inputs, "_template", None),
         pytest.raises(ValueError, match="chat_wrapped=True needs a chat template"),
     ):
         llm.fill("a", "b", chat_wrapped=True)

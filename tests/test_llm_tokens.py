@@ -230,7 +230,7 @@ def test_a_stream_brings_the_same_logprobs(llm):
 
 def test_weights_that_give_no_number_are_named():
     model = tiny_llm.open_llm()
-    batch = model._offline._batch
-    batch._params = batch._params.replace(norm=jnp.full_like(model.params.norm, np.nan))
+    runner = model.engine.runner
+    runner.params = runner.params.replace(norm=jnp.full_like(model.params.norm, np.nan))
     with pytest.raises(ValueError, match=r"request 0 at new token 1.*logits hold NaN"):
         model.generate("x", SamplingParams(temperature=0.0, max_tokens=3), use_tqdm=False)

@@ -114,8 +114,8 @@ def test_a_batch_of_mixed_requests_gives_each_its_own_tokens(llm):
 
 
 @pytest.mark.parametrize("limit", [5, 16])
-def test_a_chunk_that_ends_inside_an_image_changes_nothing(llm, monkeypatch, limit):
-    monkeypatch.setattr(llm._offline._batch, "_max_prefill_tokens", limit)
+def test_a_chunk_that_ends_inside_an_image_changes_nothing(limit):
+    llm = vision_model.open_llm("vl_moe", max_num_batched_tokens=limit)
     for case in ("two images", "image and video"):
         assert generated(llm, [case]) == [GOLDEN[f"greedy/{case}"].tolist()]
 
@@ -138,7 +138,7 @@ def test_experts_and_heads_over_eight_devices_give_the_same_tokens():
 
 
 def store(llm, **options) -> FeatureStore:
-    rules = llm._inputs._pictures._rules
+    rules = llm.inputs._pictures._rules
     return FeatureStore(llm.params.vision, llm.config.vision, llm.runtime, rules, **options)
 
 
@@ -156,7 +156,7 @@ def test_a_picture_seen_before_is_not_encoded_again(llm):
 def test_turns_of_a_conversation_share_a_picture(llm):
     picture = vision_model.request("odd grid")["multi_modal_data"]["image"][0] // 2
     turn = {"role": "user", "content": [{"type": "image", "image": picture}]}
-    features = llm._offline._batch._features
+    features = llm.engine.runner.features
     before = features.encoded
     for messages in ([turn], [turn, {"role": "assistant", "content": "a"}, turn]):
         (result,) = llm.chat(messages, SamplingParams(max_tokens=1), use_tqdm=False)
@@ -207,8 +207,8 @@ def test_pictures_that_have_no_place_are_named(llm, text, images, message):
 def test_wishes_count_for_one_prompt_and_for_all():
     llm = vision_model.open_llm("vl_moe", mm_processor_kwargs={"max_pixels": 4096})
     request = vision_model.request("odd grid")
-    assert llm._inputs.prompt(request).vision.pictures[0].num_pixels <= 4096
+    assert llm.inputs.prompt(request).vision.pictures[0].num_pixels <= 4096
     wishes = {"mm_processor_kwargs": {"max_pixels": 15360}}
-    assert llm._inputs.prompt({**request, **wishes}).vision.pictures[0].num_pixels == 15360
+    assert llm.inputs.prompt({**request, **wishes}).vision.pictures[0].num_pixels == 15360
     with pytest.raises(ValueError, match="did you mean 'max_pixels'"):
-        llm._inputs.prompt({**request, "mm_processor_kwargs": {"max_pixel": 1}})
+        llm.inputs.prompt({**request, "mm_processor_kwargs": {"max_pixel": 1}})

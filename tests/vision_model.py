@@ -97,13 +97,13 @@ def request(case: str) -> dict[str, Any]:
 
 def prompt(llm: LLM, case: str) -> Prompt:
     """The same, as the engine gets it."""
-    return llm._inputs.prompt(request(case))
+    return llm.inputs.prompt(request(case))
 
 
 def logits(llm: LLM, given: Prompt, *, deepstack: bool = True) -> np.ndarray:
     """float32 [T, V] of every position of a prompt."""
     size, vision = 64, given.vision
-    features = vision and llm._offline._batch._features.of(vision.pictures)
+    features = vision and llm.engine.runner.features.of(vision.pictures)
     window = (0, len(given.token_ids))
     visual = visual_rows([vision], [features], [window], size)
     if visual is not None and not deepstack:

@@ -15,7 +15,7 @@ from qwen_jax.commands.options import llm_options
 from qwen_jax.commands.output import size
 
 if TYPE_CHECKING:
-    from qwen_jax.engine.offline import Totals
+    from qwen_jax.engine.totals import Totals
     from qwen_jax.llm import LLM
     from qwen_jax.weights.checkpoint import Transfer
 

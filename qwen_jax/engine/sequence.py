@@ -5,11 +5,12 @@ Knows tokens, text and stop strings; knows no batch and no array.
 
 import dataclasses
 
+from qwen_jax.engine.constraint import Factory
 from qwen_jax.prompt.stop import StopStrings
 from qwen_jax.prompt.tokenizer import Tokenizer
 from qwen_jax.prompt.vision_prompt import VisionPrompt
 from qwen_jax.requests import SamplingParams
-from qwen_jax.results import CompletionOutput, Logprob
+from qwen_jax.results import CompletionOutput, FinishReason, Logprob
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Job:
         max_tokens: limit on new tokens, already within ``max_model_len``.
         name: what to call the request in an error.
         vision: the pictures among the prompt's tokens, None for text alone.
+        constraint: makes what structured output is held to; None for free text.
     """
 
     prompt: tuple[int, ...]
@@ -33,6 +35,7 @@ class Job:
     max_tokens: int
     name: str
     vision: VisionPrompt | None = None
+    constraint: Factory | None = None
 
 
 class Sequence:
@@ -43,7 +46,7 @@ class Sequence:
         self.token_ids: list[int] = []
         self.text = ""
         self.logprobs: list[dict[int, Logprob]] | None = None if job.params.logprobs is None else []
-        self.finish_reason: str | None = None
+        self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self.index = index
         self._decoder = tokenizer and tokenizer.stream(
@@ -65,6 +68,12 @@ class Sequence:
             self._one(token)
         return self.text[before:]
 
+    def end(self, reason: FinishReason) -> str:
+        """Ends the text here; returns the text that was held back."""
+        before = len(self.text)
+        self._finish(reason, None)
+        return self.text[before:]
+
     def _one(self, token: int) -> None:
         count, params = len(self.token_ids), self.job.params
         may_stop = count > params.min_tokens
@@ -79,7 +88,7 @@ class Sequence:
         elif count >= self.job.max_tokens:
             self._finish("length", None)
 
-    def _finish(self, reason: str, stop: str | int | None) -> None:
+    def _finish(self, reason: FinishReason, stop: str | int | None) -> None:
         if self._decoder is not None and self._stop.matched is None:
             self.text += self._stop.push(self._decoder.finish())
             if self._stop.matched is None:
@@ -98,6 +107,6 @@ class Sequence:
             token_ids=self.token_ids,
             cumulative_logprob=total,
             logprobs=self.logprobs,
-            finish_reason=self.finish_reason,  # type: ignore[arg-type]
+            finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )

@@ -1,0 +1,339 @@
+"""The engine without its thread: requests, the scheduler, the runner, and what becomes of tokens.
+
+Knows which request a token belongs to and what its owner hears; knows no lock. Everything here runs
+on one thread.
+"""
+
+import collections
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from qwen_jax import sampling
+from qwen_jax.engine.events import Event, Failed
+from qwen_jax.engine.outcome import advance
+from qwen_jax.engine.pages import PagePool
+from qwen_jax.engine.request import Request
+from qwen_jax.engine.row import Row
+from qwen_jax.engine.runner import Flight, Pass, Runner
+from qwen_jax.engine.scheduler import Part, Scheduler, Step
+from qwen_jax.engine.step_clock import StepClock
+from qwen_jax.engine.token_logprobs import Entry, TokenLogprobs
+from qwen_jax.engine.totals import EngineStats, Totals
+from qwen_jax.generation_state import FAILED
+from qwen_jax.prompt.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+_AHEAD = 512  # new tokens of a row that a growing cache makes room for at once
+
+
+class DeviceError(RuntimeError):
+    """A step that a request was in has failed; names the request."""
+
+
+class Core:
+    """Runs requests, one turn after the other.
+
+    Args:
+        runner: the device.
+        tokenizer: for the tokens' text in logprobs; None leaves it out.
+        max_rows: most rows at once.
+        max_tokens: most tokens of a ragged step.
+        max_pages: how many pages the cache may have.
+
+    Attributes:
+        totals: what has been done.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer | None,
+        *,
+        max_rows: int,
+        max_tokens: int,
+        max_pages: int,
+    ):
+        self._runner, self._max_pages, self._max_rows = runner, max_pages, max_rows
+        self._page_size = runner.runtime.page_size
+        self._pool = PagePool(runner.num_pages)
+        self._scheduler = Scheduler(
+            self._pool,
+            page_size=self._page_size,
+            max_rows=max_rows,
+            max_tokens=max_tokens,
+            grow=self._grow,
+            seated=self._seated,
+        )
+        self.totals = Totals()
+        self._clock = StepClock(self.totals)
+        self._logprobs = TokenLogprobs(tokenizer)
+        self._requests: dict[Request, None] = {}
+        self._flights: collections.deque[Flight] = collections.deque()
+        self._waited = 0.0
+
+    # ---- requests --------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Takes a request in."""
+        self._requests[request] = None
+        self._scheduler.add(request.rows)
+        for row in request.rows:
+            if row.constraint is not None and request in self._requests:
+                self._advance(row, [], None)
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request where it is; nothing if it is over."""
+        if request in self._requests:
+            self._drop(request)
+            self._send(request, request.finish())
+
+    def fail(self, request: Request, error: Exception, *, spoiled: bool = False) -> None:
+        """Ends a request with an error; nothing if it is over.
+
+        spoiled: what is in its pages is wrong.
+        """
+        if request in self._requests:
+            self._drop(request, spoiled=spoiled)
+            self._send(request, Failed(error))
+
+    def fail_all(self, make: Callable[[str], Exception]) -> None:
+        """Ends every request with an error made of its name."""
+        self._flights.clear()
+        for request in list(self._requests):
+            self.fail(request, make(request.name))
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a request that is not over."""
+        return bool(self._requests)
+
+    def stats(self) -> EngineStats:
+        """How busy it is; may be called from any thread."""
+        running = len({id(row.request) for row in tuple(self._scheduler.running)})
+        return EngineStats(
+            running=running,
+            waiting=max(len(self._requests) - running, 0),
+            pages_total=self._max_pages,
+            pages_used=self._pool.used,
+            pages_cached=self._pool.cached,
+            prompt_tokens=self.totals.prompt_tokens,
+            generated_tokens=self.totals.generated_tokens,
+            prefix_hit_tokens=self._scheduler.hit_tokens,
+            preemptions=self._scheduler.preemptions,
+        )
+
+    def _drop(self, request: Request, *, spoiled: bool = False) -> None:
+        """Forgets a request; its pages are free at once."""
+        del self._requests[request]
+        for row in request.rows:
+            if not row.done:
+                row.sequence.end("abort")
+                self._scheduler.remove(row, spoiled=spoiled)
+
+    def _send(self, request: Request, event: Event) -> None:
+        try:
+            request.sink(event)
+        except Exception:
+            # Somebody else's code: its request ends here, the others go on.
+            log.exception("%s: its sink has failed; the request is dropped", request.name)
+            if request in self._requests:
+                self._drop(request)
+
+    # ---- turns -----------------------------------------------------------------------------------
+
+    def turn(self) -> None:
+        """Plans and starts a step, then takes the tokens of the one before."""
+        began, self._waited = self._clock.now(), 0.0
+        step = None
+        try:
+            self._revive()
+            step = self._scheduler.plan(in_flight=bool(self._flights))
+            if step is not None:
+                self._start(step)
+            if self._flights and (step is None or len(self._flights) > 1):
+                self._land()
+        except _StepFailed as failure:
+            self._recover(failure, step)
+        self._clock.worked(*began, self._waited)
+
+    def _start(self, step: Step) -> None:
+        if not self._flights:
+            self._clock.starts()
+        if step.steps:
+            self._flights.append(_on_device(self._runner.stretch, step))
+            return
+        passed = _on_device(self._runner.forward, step)
+        if step.constrained:
+            while self._flights:
+                self._land()
+            _hold_back(passed)
+        self._flights.append(_on_device(self._runner.choose, passed))
+
+    def _land(self) -> None:
+        """Waits for the first step on its way, and hands out what it brought."""
+        flight = self._flights[0]
+        began = time.perf_counter()
+        _on_device(flight.land)
+        self._waited += time.perf_counter() - began
+        self._flights.popleft()
+        passes = 1
+        if flight.step.steps:
+            passes = int(flight.made.count.max())  # type: ignore[union-attr]
+        seconds = self._clock.landed(flight.step, passes)
+        if seconds is not None:
+            self._scheduler.step_seconds = seconds
+        self._take_prompt_logprobs(flight)
+        for b, part in enumerate(flight.choosers):
+            if part.chooses and not part.row.done:
+                self._take(flight, b, part)
+
+    def _take(self, flight: Flight, b: int, part: Part) -> None:
+        """Gives a row its tokens of a step."""
+        row, made = part.row, flight.made
+        assert made is not None
+        row.pending -= part.take if flight.step.steps else 1
+        new, failed = made.tokens[b, : made.count[b]].tolist(), None
+        if made.finish[b] == FAILED and new:
+            failed = new.pop()
+        entries, k = None, row.sequence.job.params.logprobs
+        if k is not None:
+            entries = [self._logprobs.entry(made.logprobs, (b, i), t, k) for i, t in enumerate(new)]
+        if new:
+            self._advance(row, new, entries)
+        if failed is not None and not row.done:
+            where = f"{row.request.name} at new token {len(row.sequence.token_ids) + 1}"
+            try:
+                sampling.check_tokens(np.array([failed]), [where])
+            except ValueError as error:
+                self.fail(row.request, error, spoiled=True)
+
+    def _advance(self, row: Row, new: list[int], entries: list[Entry] | None) -> None:
+        """Moves a row on, tells its owner, and ends what has ended."""
+        request, before = row.request, len(row.sequence.token_ids)
+        try:
+            delta = advance(row, new, entries)
+        except Exception as error:  # of the constraint, which is not ours: the others go on
+            failure = RuntimeError(f"{request.name}: structured output has failed: {error!r}")
+            failure.__cause__ = error
+            self.fail(request, failure)
+            return
+        self._count(row, before)
+        if delta is not None:
+            self._send(request, delta)
+        if request not in self._requests:  # its sink has failed
+            return
+        if row.done:
+            self._scheduler.remove(row)
+        elif row.slot is not None and not row.on_device:
+            _on_device(self._runner.recount, row, rows=[row])  # forced tokens count too
+        if request.done:
+            del self._requests[request]
+            self._send(request, request.finish())
+
+    def _count(self, row: Row, before: int) -> None:
+        """Counts the tokens that a row has got since it had ``before``."""
+        got, totals = len(row.sequence.token_ids) - before, self.totals
+        if not got:
+            return
+        if row.request.got_token():
+            totals.prompt_tokens += len(row.sequence.job.prompt)
+        totals.generated_tokens += got
+        totals.decode_tokens += got - (before == 0)
+
+    def _take_prompt_logprobs(self, flight: Flight) -> None:
+        if flight.after is None:
+            return
+        start = 0
+        for part in flight.step.parts:
+            row, k = part.row, part.row.sequence.job.params.prompt_logprobs
+            stop = start + part.take
+            if part.known and row.wants_prompt_logprobs:
+                assert row.prompt_logprobs is not None
+                assert k is not None
+                for t in range(start, stop):
+                    if flight.after[t] >= 0:
+                        entry = self._logprobs.entry(flight.prompt, t, int(flight.after[t]), k)
+                        row.prompt_logprobs.append(entry)
+            start = stop
+
+    # ---- pages and errors ------------------------------------------------------------------------
+
+    def _seated(self, row: Row) -> None:
+        row.request.seated = True
+        if not row.prefilled and row.first is None:
+            row.request.result.metrics.cached_tokens = row.computed
+        _on_device(self._runner.seat, row, rows=[row])
+
+    def _grow(self, wanted: int) -> bool:
+        """Makes the cache larger, by doubling, to what rows will soon want; False if it may not."""
+        if wanted > self._max_pages or self._pool.num_pages >= self._max_pages:
+            return False
+        rows = [*self._scheduler.running, *self._scheduler.waiting][: self._max_rows]
+        tokens = (len(r.tokens) + min(r.left, _AHEAD) for r in rows)
+        wanted = max(wanted, sum(-(-n // self._page_size) for n in tokens))
+        size = self._pool.num_pages
+        while size < wanted:
+            size *= 2
+        self.resize(min(size, self._max_pages))
+        return True
+
+    def resize(self, num_pages: int | None = None) -> None:
+        """Makes the cache larger; None: as large as it may be."""
+        num_pages = num_pages or self._max_pages
+        if num_pages > self._pool.num_pages:
+            _on_device(self._runner.grow, num_pages)
+            self._pool.grow(num_pages)
+
+    def _revive(self) -> None:
+        """Starts anew where something from outside has taken the cache."""
+        if not self._flights and self._runner.lost:
+            self._start_anew()
+
+    def _recover(self, failure: "_StepFailed", step: Step | None) -> None:
+        """Fails the requests in the steps on their way; the others are computed again."""
+        log.error("a step has failed: %s", failure.__cause__)
+        steps = [flight.step for flight in self._flights] + ([step] if step else [])
+        rows = [*failure.rows, *(part.row for each in steps for part in each.parts)]
+        self._flights.clear()
+        for request in dict.fromkeys(row.request for row in rows):
+            cause = failure.__cause__
+            error = DeviceError(f"{request.name}: the device has failed: {cause!r}")
+            error.__cause__ = cause
+            self.fail(request, error, spoiled=True)
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        """An empty cache; rows that were running wait for their turn."""
+        for row in reversed(list(self._scheduler.running)):
+            self._scheduler.preempt(row)
+        self._pool.forget(range(self._pool.num_pages))
+        self._runner.reset()
+
+
+class _StepFailed(Exception):
+    """Something on the device has raised; the cause says what. ``rows`` are those it was for."""
+
+    def __init__(self, rows: Sequence[Row]):
+        super().__init__()
+        self.rows = rows
+
+
+def _on_device(call, *args, rows: Sequence[Row] = ()):
+    try:
+        return call(*args)
+    except Exception as error:
+        raise _StepFailed(rows) from error
+
+
+def _hold_back(passed: Pass) -> None:
+    """Rows that have ended meanwhile, or got forced tokens, choose nothing after this pass."""
+    for part in passed.choosers:
+        if part.row.done:
+            part.chooses = False
+        elif not part.known and not part.row.on_device:
+            part.chooses = False
+            part.row.pending -= 1

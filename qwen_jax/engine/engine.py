@@ -1,0 +1,328 @@
+"""The engine: requests in from any thread, events out on its own.
+
+Knows threads, locks and queues; what a step holds is `scheduler`'s matter, how it runs is
+`runner`'s. One thread at a time drives the device. It ends when there has been nothing to do for a
+while, and the next request starts another. Two steps are on their way at most, so that the device
+works while the host makes text of the tokens of the step before:
+
+    device   [ step 1 ][ step 2 ][ step 3 ]
+    host     plan 2    | text 1, plan 3 | text 2, plan 4
+"""
+
+import atexit
+import collections
+import contextlib
+import dataclasses
+import itertools
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+from qwen_jax.engine.constraint import Factory
+from qwen_jax.engine.core import Core
+from qwen_jax.engine.events import EngineClosed, QueueFull
+from qwen_jax.engine.pictures import FeatureStore
+from qwen_jax.engine.request import Defaults, Request, Sink
+from qwen_jax.engine.runner import Runner
+from qwen_jax.engine.slots import settings
+from qwen_jax.engine.totals import EngineStats, Totals
+from qwen_jax.engine.warmup import Progress, warm_up
+from qwen_jax.requests import Prompt, SamplingParams
+from qwen_jax.runtime import Runtime
+from qwen_jax.weights.config import ModelConfig
+from qwen_jax.weights.params import Weights
+
+log = logging.getLogger(__name__)
+
+FIRST_PAGES = 64  # of a cache in memory that others use too; it is doubled when rows grow into it
+_LINGER = 2.0  # seconds that the thread waits for a request before it ends
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What an engine may take.
+
+    Attributes:
+        max_rows: most sequences at once.
+        max_tokens: most tokens of a step with chunks of prompts.
+        max_pages: how many pages the cache may have: enough for one row at its longest.
+        max_waiting: most requests that wait; None for any number.
+    """
+
+    max_rows: int
+    max_tokens: int
+    max_pages: int
+    max_waiting: int | None = None
+
+
+class Handle:
+    """A request that the engine has; ``request_id`` is that of its result."""
+
+    def __init__(self, engine: "Engine", request: Request):
+        self._engine, self._request = engine, request
+        self.request_id = request.result.request_id
+
+    def cancel(self) -> None:
+        """Ends the request as it is, with finish reason "abort"; nothing if it is over."""
+        self._engine._cancel(self._request)
+
+
+class Engine:
+    """Continuous batching over one model. All methods may be called from any thread.
+
+    Args:
+        params, config, runtime: the model.
+        defaults: what all requests have in common.
+        limits: what it may take.
+        features: of pictures; None where the model sees none.
+        constraints: makes `SamplingParams.structured_outputs` a factory of constraints; None where
+            there is no structured output.
+
+    Raises:
+        ValueError: limits that the runtime's buckets, or one another, do not allow.
+    """
+
+    def __init__(
+        self,
+        params: Weights,
+        config: ModelConfig,
+        runtime: Runtime,
+        defaults: Defaults,
+        limits: Limits,
+        *,
+        features: FeatureStore | None = None,
+        constraints: Callable[[Any], Factory] | None = None,
+    ):
+        if limits.max_pages * runtime.page_size < defaults.max_model_len:
+            raise ValueError(
+                f"max_pages={limits.max_pages:,} of {runtime.page_size} tokens do not hold "
+                f"max_model_len={defaults.max_model_len:,}"
+            )
+        shared = runtime.mesh.devices.flat[0].platform == "cpu"
+        runner = Runner(
+            params,
+            config,
+            runtime,
+            features,
+            max_rows=limits.max_rows,
+            max_tokens=limits.max_tokens,
+            max_model_len=defaults.max_model_len,
+            num_pages=min(limits.max_pages, FIRST_PAGES) if shared else limits.max_pages,
+        )
+        self.runner = runner
+        self._core = Core(
+            runner,
+            defaults.tokenizer,
+            max_rows=limits.max_rows,
+            max_tokens=limits.max_tokens,
+            max_pages=limits.max_pages,
+        )
+        self._config, self._defaults, self._limits = config, defaults, limits
+        self._constraints = constraints
+        self._numbers = itertools.count()
+        self._lock = threading.Condition()
+        self._calls: collections.deque[Callable[[], None]] = collections.deque()
+        self._queued: list[Request] = []  # that may still wait; only kept where they are limited
+        self._thread: threading.Thread | None = None
+        self._draining = self._closed = False
+        self._idle = True  # nothing to do, and nothing in hand
+        self._error: BaseException | None = None
+        _open_engines.add(self)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        sink: Sink,
+        *,
+        request_id: str | None = None,
+        name: str = "",
+    ) -> Handle:
+        """Takes a request in.
+
+        Args:
+            prompt: with at least one token.
+            params: how to go on from it.
+            sink: called with each event on the engine's thread; it must not block.
+            request_id: of the result; default: a number.
+            name: of the request in errors; default: "request" and its number.
+
+        Raises:
+            ValueError: it cannot run; it says why.
+            QueueFull: ``max_waiting`` requests wait.
+            EngineClosed: the engine takes no more requests.
+        """
+        params.check(
+            name or "request",
+            vocab_size=self._config.text.vocab_size,
+            has_tokenizer=self._defaults.tokenizer is not None,
+        )
+        constraint = None
+        if params.structured_outputs is not None:
+            if self._constraints is None:
+                raise ValueError(f"{name or 'request'}: there is no structured output here")
+            constraint = self._constraints(params.structured_outputs)
+        request = Request(
+            next(self._numbers),
+            prompt,
+            params,
+            sink,
+            request_id=request_id,
+            name=name,
+            defaults=self._defaults,
+            constraint=constraint,
+        )
+        settings(request.rows[0])  # raises where they leave no token
+        with self._lock:
+            self._check_open()
+            self._queue(request)
+            self._post(lambda: self._core.add(request))
+        return Handle(self, request)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Requests that are submitted inside begin together, when it is left."""
+        with self._lock:
+            yield
+
+    def stats(self) -> EngineStats:
+        """How busy it is, and what it has done."""
+        return self._core.stats()
+
+    @property
+    def totals(self) -> Totals:
+        """Tokens and times of everything so far."""
+        return dataclasses.replace(self._core.totals)
+
+    def warmup(self, progress: Progress | None = None) -> None:
+        """Compiles everything that a request can need, with the cache at its full size.
+
+        progress: called with the programs done, and all there are.
+        """
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                self._check_open()
+                self._core.resize()
+                warm_up(self.runner, progress)
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        with self._lock:
+            self._check_open()
+            self._post(run)
+        done.result()
+
+    # ---- life ------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts the thread, which a request does too."""
+        with self._lock:
+            self._check_open()
+            self._post(None)
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Takes no more requests and waits for those that are there; whether all have ended."""
+        with self._lock:
+            self._draining = True
+            return self._lock.wait_for(lambda: self._idle, timeout)
+
+    def close(self) -> None:
+        """Ends the thread; every request that is not over fails with `EngineClosed`."""
+        with self._lock:
+            self._closed = True
+            thread = self._thread
+            self._lock.notify_all()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _check_open(self) -> None:
+        if self._error is not None:
+            raise EngineClosed(f"the engine has stopped: {self._error!r}") from self._error
+        if self._closed or self._draining:
+            raise EngineClosed("the engine is closed: it takes no more requests")
+
+    def _queue(self, request: Request) -> None:
+        most = self._limits.max_waiting
+        if most is None:
+            return
+        self._queued = [r for r in self._queued if not r.seated and not r.done]
+        if len(self._queued) >= most:
+            raise QueueFull(f"{len(self._queued)} requests wait already, max_waiting={most}")
+        self._queued.append(request)
+
+    def _cancel(self, request: Request) -> None:
+        with self._lock:
+            if not self._closed:
+                self._post(lambda: self._core.cancel(request))
+
+    def _post(self, call: Callable[[], None] | None) -> None:
+        """Has the thread make a call between two turns; the lock is held."""
+        self._idle = False
+        if call is not None:
+            self._calls.append(call)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._drive, name="qwen-jax engine", daemon=True)
+            self._thread.start()
+        self._lock.notify_all()
+
+    def _drive(self) -> None:
+        try:
+            while (calls := self._next_calls()) is not None:
+                for call in calls:
+                    call()
+                self._core.turn()
+        except BaseException as error:
+            log.exception("the engine has stopped")
+            self._error = error
+        if self._thread is threading.current_thread():
+            self._end()
+
+    def _next_calls(self) -> list[Callable[[], None]] | None:
+        """What to do before the next turn; None to end the thread."""
+
+        def work() -> bool:
+            return bool(self._calls) or self._core.busy or self._closed
+
+        with self._lock:
+            if not work():
+                self._idle = True
+                self._lock.notify_all()  # whoever drains
+                if not self._lock.wait_for(work, _LINGER):
+                    self._thread = None
+                    return None
+            if self._closed:
+                return None
+            calls = list(self._calls)
+            self._calls.clear()
+            return calls
+
+    def _end(self) -> None:
+        """Leaves no request without a last event, when the thread ends for good."""
+        with self._lock:
+            self._closed = True
+            calls = list(self._calls)
+            self._calls.clear()
+        for call in calls:
+            call()
+        why = f"the engine has stopped: {self._error!r}" if self._error else "the engine was closed"
+        self._core.fail_all(lambda name: EngineClosed(f"{name}: {why}"))
+        with self._lock:
+            self._idle = True
+            self._lock.notify_all()
+
+
+_open_engines: "weakref.WeakSet[Engine]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A device must not be at work when the interpreter goes."""
+    for engine in list(_open_engines):
+        engine.close()

@@ -1,0 +1,48 @@
+"""Shares the time out between prompts, decoding, compiling and the host. Knows steps and clocks."""
+
+import time
+
+from qwen_jax.engine.compile_clock import compile_clock
+from qwen_jax.engine.scheduler import Step
+from qwen_jax.engine.totals import Totals
+
+
+class StepClock:
+    """Adds to ``totals``. The device works from a `starts` or a `landed` to the next `landed`."""
+
+    def __init__(self, totals: Totals):
+        self._totals, self._clock = totals, compile_clock()
+        self._since, self._compiled = self.now()
+
+    def starts(self) -> None:
+        """A step goes to a device that has nothing to do."""
+        self._since, self._compiled = self.now()
+
+    def landed(self, step: Step, steps: int) -> float | None:
+        """A step has come back, after ``steps`` forward passes.
+
+        Returns:
+            Seconds per pass, for a step that only decoded and during which nothing was compiled.
+        """
+        totals, (now, compiled) = self._totals, self.now()
+        compiling = compiled - self._compiled
+        seconds = max(now - self._since - compiling, 0.0)
+        self._since, self._compiled = now, compiled
+        known = step.prompt_tokens
+        decoding = sum(1 for part in step.parts if not part.known)
+        share = known / max(known + decoding, 1)
+        totals.prefill_time += seconds * share
+        totals.decode_time += seconds * (1 - share)
+        totals.compile_time += compiling
+        totals.steps += steps
+        return None if known or compiling or not steps else seconds / steps
+
+    def worked(self, began: float, compiled: float, waited: float) -> None:
+        """The host has done a turn that began at a `now`, and waited for the device in it."""
+        now, compiled_now = self.now()
+        self._totals.wait_time += waited
+        self._totals.host_time += max(now - began - waited - (compiled_now - compiled), 0.0)
+
+    def now(self) -> tuple[float, float]:
+        """The time, and how much of it so far was compiling."""
+        return time.perf_counter(), self._clock.seconds
