@@ -22,6 +22,7 @@ from qwen_jax.prompt.tokenizer import Tokenizer
 from qwen_jax.requests import SamplingParams
 from qwen_jax.results import CompletionOutput, Logprob, RequestOutput
 from qwen_jax.runtime import Buckets
+from qwen_jax.structured.forms import Forms
 from qwen_jax.weights.hf_config import from_hf
 
 VOCAB = tiny.TOKENIZER_VOCAB
@@ -175,7 +176,7 @@ class FakeLLM:
         ends = [self.tokenizer.id("<|im_end|>"), self.tokenizer.id("<|endoftext|>")]
         raw = {**tiny.VARIANTS["dense"], "vocab_size": VOCAB, "eos_token_id": ends[0]}
         self.config = from_hf(raw)
-        self.generation_config = {"eos_token_id": ends}
+        self.forms = Forms(self.tokenizer, self.template, ends)
         self.max_model_len = MAX_LEN
         self.runtime = SimpleNamespace(kernels=(("paged_attention", "xla"),))
         pictures = PictureInputs(

@@ -107,11 +107,10 @@ qwen_jax.requests
 qwen_jax.results
 qwen_jax.picture_inputs
 qwen_jax.inputs
+qwen_jax.structured.forms
 qwen_jax.functional
 
 qwen_jax.engine
-qwen_jax.engine.events
-qwen_jax.engine.totals
 qwen_jax.engine.pages
 qwen_jax.engine.capacity
 qwen_jax.engine.chunks

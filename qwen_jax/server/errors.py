@@ -67,6 +67,8 @@ def of_engine(error: Exception) -> ApiError:
             return shutting_down()
         case ValueError():
             return ApiError(400, str(error))
+        case RuntimeError(__cause__=ValueError() as cause):  # a grammar that grew too complex
+            return ApiError(400, str(cause))
     raise error
 
 

@@ -6,7 +6,6 @@ Knows the pieces and how they are used from the event loop: what takes long runs
 import asyncio
 import concurrent.futures
 import contextlib
-import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -14,8 +13,6 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from qwen_jax.inputs import eos_ids
-from qwen_jax.prompt import parsing
 from qwen_jax.requests import Prompt
 from qwen_jax.server import limits
 from qwen_jax.server.calls import Calls
@@ -24,11 +21,8 @@ from qwen_jax.server.fetch import Fetcher
 from qwen_jax.server.media import MediaSource
 from qwen_jax.server.metrics import Metrics
 from qwen_jax.server.settings import Settings
-from qwen_jax.structured.compile import GrammarCompiler
 from qwen_jax.structured.matcher import Grammar
 from qwen_jax.structured.spec import StructuredOutputs
-
-log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 _WORKERS, _COMPILERS = 4, 2  # threads for prompts and pictures, and for grammars
@@ -38,7 +32,7 @@ class Service:
     """One model and its server.
 
     Args:
-        llm: an `LLM`: its engine, inputs, tokenizer, template, configs and runtime are used.
+        llm: an `LLM`: its engine, inputs, forms, tokenizer, template, config and runtime are used.
         settings: of the server.
 
     Attributes:
@@ -61,7 +55,6 @@ class Service:
         self._over = False  # no time left for what still runs
         self._threads = concurrent.futures.ThreadPoolExecutor(_WORKERS, "prepare")
         self._compilers = concurrent.futures.ThreadPoolExecutor(_COMPILERS, "compile")
-        self._compiler = _compiler(llm)
 
     # ---- requests ----------------------------------------------------------------------------
 
@@ -121,26 +114,20 @@ class Service:
         Raises:
             ApiError: it cannot be compiled, or takes too long.
         """
-        if isinstance(self._compiler, Exception):
-            raise ApiError(400, str(self._compiler))
-        compiler, seconds = self._compiler, self.settings.compile_timeout
-        loop = asyncio.get_running_loop()
+        seconds, loop = self.settings.compile_timeout, asyncio.get_running_loop()
         try:
             with bad_request():
                 async with asyncio.timeout(seconds):
-                    work = loop.run_in_executor(self._compilers, compiler.compile, wish)
+                    work = loop.run_in_executor(
+                        self._compilers, self.llm.forms.grammar, wish, prompt
+                    )
                     # It cannot be interrupted: what it says after the time is over is for nobody.
                     work.add_done_callback(lambda done: done.cancelled() or done.exception())
-                    grammar = await asyncio.shield(work)
+                    return await asyncio.shield(work)
         except TimeoutError:
             raise ApiError(
                 400, f"the form of the output took more than {seconds:g} seconds to compile"
             ) from None
-        return compiler.after_reasoning(
-            grammar,
-            parsing.reasoning_state(prompt.text or ""),
-            may_open="<think>" in self.llm.template.source if self.llm.template else False,
-        )
 
     # ---- the end -----------------------------------------------------------------------------
 
@@ -173,21 +160,9 @@ class Service:
                 "kv_cache_usage": stats.pages_used / max(stats.pages_total, 1),
                 "in_progress": self.gate.inside,
             },
-            "structured_outputs": not isinstance(self._compiler, Exception),
         }
 
 
 def new_id(prefix: str) -> str:
     """An id that nobody guesses."""
     return f"{prefix}-{uuid.uuid4().hex}"
-
-
-def _compiler(llm: Any) -> GrammarCompiler | Exception:
-    """What compiles grammars, or why there is none: said to those who ask for one."""
-    if llm.tokenizer is None:
-        return ValueError("structured outputs need a tokenizer, which this checkpoint has none of")
-    try:
-        return GrammarCompiler(llm.tokenizer, eos_ids(llm.config, llm.generation_config))
-    except (ModuleNotFoundError, ValueError) as error:
-        log.info("no structured outputs: %s", error)
-        return error
