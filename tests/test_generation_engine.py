@@ -1,6 +1,5 @@
 """What stands around the generate loop on the host: chunks, pages, sequences, logprob counts."""
 
-import numpy as np
 import pytest
 import tiny
 from hypothesis import given

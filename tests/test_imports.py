@@ -141,6 +141,7 @@ qwen_jax
 qwen_jax.server
 qwen_jax.server.settings
 qwen_jax.server.errors
+qwen_jax.server.ids
 qwen_jax.server.protocol
 qwen_jax.server.chat_protocol
 qwen_jax.server.completion_protocol

@@ -37,17 +37,16 @@ def make_app(llm: Any, settings: Settings) -> tuple[Service, ASGIApp]:
         ValueError: the directory for files and batches is in use.
     """
     service = Service(llm, settings)
-    ends = contextlib.ExitStack()
     worker = None
     app = FastAPI(
         title="qwen-jax",
         version=package_version(),
-        lifespan=lambda _: _lifespan(service, worker, ends),
+        lifespan=lambda _: _lifespan(service, worker),
         openapi_url=None,  # OpenAI's own description of its API is the one that holds
     )
     app.include_router(routes(service))
     if settings.state is not None:
-        ends.callback(durable.lock(settings.state).close)
+        service.ends.callback(durable.lock(settings.state).close)
         files = FileStore(settings.state / "files")
         batches = BatchStore(settings.state / "batches")
         worker = _worker(service, files, batches)
@@ -85,9 +84,7 @@ def _worker(service: Service, files: FileStore, batches: BatchStore) -> BatchWor
 
 
 @contextlib.asynccontextmanager
-async def _lifespan(
-    service: Service, worker: BatchWorker | None, ends: contextlib.ExitStack
-) -> AsyncIterator[None]:
+async def _lifespan(service: Service, worker: BatchWorker | None) -> AsyncIterator[None]:
     if worker is not None:
         worker.start()
     try:
@@ -96,7 +93,6 @@ async def _lifespan(
         if worker is not None:
             await worker.stop()
         service.shut()
-        ends.close()
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

@@ -15,8 +15,8 @@ from typing import Any
 from qwen_jax.server import batches, durable
 from qwen_jax.server.batches import BatchStore, Line
 from qwen_jax.server.errors import ApiError, encode
-from qwen_jax.server.files import FileStore, new_file_id
-from qwen_jax.server.service import new_id
+from qwen_jax.server.files import FileStore
+from qwen_jax.server.ids import new_id
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class BatchWorker:
     async def _answer_line(
         self, batch: dict[str, Any], path: pathlib.Path, line: Line
     ) -> dict[str, Any]:
-        found: dict[str, Any] = {"id": new_id("batch_req"), "custom_id": line.custom_id}
+        found: dict[str, Any] = {"id": new_id("batch_req_"), "custom_id": line.custom_id}
         if time.time() > batch["expires_at"]:
             error = {"code": "batch_expired", "message": "the batch's time was over before"}
             return {**found, "response": None, "error": error}
@@ -135,7 +135,7 @@ class BatchWorker:
                     await asyncio.sleep(_RETRY)
                     continue
                 status, reply = error.status, error.body()
-            response = {"status_code": status, "request_id": new_id("req"), "body": reply}
+            response = {"status_code": status, "request_id": new_id("req_"), "body": reply}
             return {**found, "response": response, "error": None}
 
     def _finalize(self, batch: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ class BatchWorker:
         outputs = self._store.results(batch)
         for path, name in zip(outputs, ("output_file_id", "error_file_id"), strict=True):
             if path.exists() and path.stat().st_size and batch[name] is None:
-                batch[name] = new_file_id()
+                batch[name] = new_id("file-")
         if batch["status"] == "in_progress":
             self._store.move(batch, "finalizing")
         else:

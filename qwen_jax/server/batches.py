@@ -10,12 +10,12 @@ import json
 import pathlib
 import re
 import time
-import uuid
 from collections.abc import Collection
 from typing import Any
 
 from qwen_jax.server import durable
 from qwen_jax.server.errors import ApiError
+from qwen_jax.server.ids import new_id
 
 OPEN = ("validating", "in_progress", "finalizing", "cancelling")
 _ID = re.compile(r"batch_[0-9a-f]{32}")
@@ -49,7 +49,7 @@ class BatchStore:
         now = int(time.time())
         moments = "in_progress finalizing completed failed expired cancelling cancelled"
         batch = {
-            "id": f"batch_{uuid.uuid4().hex}",
+            "id": new_id("batch_"),
             "object": "batch",
             "endpoint": endpoint,
             "errors": None,

@@ -17,9 +17,10 @@ from qwen_jax.server.calls import Calls
 from qwen_jax.server.chat_choice import Choice
 from qwen_jax.server.chat_protocol import AllowedChoice, ChatRequest, NamedTool
 from qwen_jax.server.errors import ApiError
+from qwen_jax.server.ids import new_id
 from qwen_jax.server.logprobs import prompt_logprobs
 from qwen_jax.server.sampling import check_room, sampling_params
-from qwen_jax.server.service import Service, new_id
+from qwen_jax.server.service import Service
 from qwen_jax.structured.spec import StructuredOutputs, ToolCalls, read_schema
 
 # What `chat_parts` takes itself; other names of chat_template_kwargs reach the template.
@@ -110,7 +111,7 @@ async def prepare(service: Service, body: ChatRequest) -> ChatJob:
         tools=tools,
         named=isinstance(choice, NamedTool),
         top=top,
-        id=f"chatcmpl-{body.request_id}" if body.request_id else new_id("chatcmpl"),
+        id=f"chatcmpl-{body.request_id}" if body.request_id else new_id("chatcmpl-"),
         created=int(time.time()),
     )
 

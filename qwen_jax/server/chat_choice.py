@@ -3,13 +3,13 @@
 Knows the parser's deltas and how OpenAI writes them; knows neither prompt nor request.
 """
 
-import uuid
 from typing import Any
 
 from qwen_jax.engine.events import Delta
 from qwen_jax.prompt.parsing import OutputParser
 from qwen_jax.prompt.parsing_tools import ContentDelta, ReasoningDelta, ToolCallDelta
 from qwen_jax.prompt.tokenizer import Tokenizer
+from qwen_jax.server.ids import new_id
 from qwen_jax.server.logprobs import chat_logprobs
 
 
@@ -87,7 +87,7 @@ class Choice:
     def _add_call(self, index: int, name: str | None, arguments: str) -> None:
         new = self._new.setdefault("tool_calls", [])
         if name is not None:
-            call = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
+            call = {"id": new_id("call_"), "type": "function"}
             self._calls.append({**call, "function": {"name": name, "arguments": arguments}})
             function = {"name": name, "arguments": arguments}
             new.append({"index": index, **call, "function": function})

@@ -16,9 +16,10 @@ from qwen_jax.server.calls import Calls
 from qwen_jax.server.chat import usage
 from qwen_jax.server.completion_protocol import CompletionRequest
 from qwen_jax.server.errors import ApiError
+from qwen_jax.server.ids import new_id
 from qwen_jax.server.logprobs import TextLogprobs, prompt_logprobs
 from qwen_jax.server.sampling import check_room, sampling_params
-from qwen_jax.server.service import Service, new_id
+from qwen_jax.server.service import Service
 from qwen_jax.structured.spec import StructuredOutputs
 
 
@@ -80,7 +81,7 @@ async def prepare(service: Service, body: CompletionRequest) -> CompletionJob:
         model=model,
         jobs=jobs,
         texts=[_text(service, prompt) if body.echo else "" for prompt in prompts],
-        id=f"cmpl-{body.request_id}" if body.request_id else new_id("cmpl"),
+        id=f"cmpl-{body.request_id}" if body.request_id else new_id("cmpl-"),
         created=int(time.time()),
     )
 

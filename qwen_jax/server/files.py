@@ -12,12 +12,12 @@ import shutil
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Iterable
 from typing import Any, BinaryIO
 
 from qwen_jax.server import durable
 from qwen_jax.server.errors import ApiError
+from qwen_jax.server.ids import new_id
 
 PURPOSES = ("batch", "user_data", "assistants", "fine-tune", "vision", "evals")
 _ID = re.compile(r"file-[0-9a-f]{32}")
@@ -46,7 +46,7 @@ class FileStore:
         Returns:
             its description, in OpenAI's form.
         """
-        id = id or new_file_id()
+        id = id or new_id("file-")
         if id in self._known:
             return self._known[id]
         with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".", delete=False) as file:
@@ -105,11 +105,6 @@ class FileStore:
         (self._folder / f"{id}.json").unlink()
         durable.sync_folder(self._folder)
         path.unlink()
-
-
-def new_file_id() -> str:
-    """An id that nobody guesses."""
-    return f"file-{uuid.uuid4().hex}"
 
 
 def page_of(items: list[dict[str, Any]], *, after: str | None, limit: int) -> dict[str, Any]:

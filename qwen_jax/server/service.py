@@ -7,7 +7,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -38,6 +37,7 @@ class Service:
     Attributes:
         began: when, in seconds since 1970.
         draining: whether nothing more is taken.
+        ends: what is to be given back in the end.
     """
 
     def __init__(self, llm: Any, settings: Settings):
@@ -45,6 +45,7 @@ class Service:
         self.model_name = settings.model_names[0]
         self.began = int(time.time())
         self.draining = False
+        self.ends = contextlib.ExitStack()
         self.metrics = Metrics(self.model_name, llm.engine.stats)
         self.gate = limits.Gate(settings.max_requests)
         fetcher = Fetcher(
@@ -142,7 +143,8 @@ class Service:
             calls.fail(shutting_down())
 
     def shut(self) -> None:
-        """Ends the threads."""
+        """Ends the threads, and gives back what `ends` holds."""
+        self.ends.close()
         for pool in (self._threads, self._compilers):
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -161,8 +163,3 @@ class Service:
                 "in_progress": self.gate.inside,
             },
         }
-
-
-def new_id(prefix: str) -> str:
-    """An id that nobody guesses."""
-    return f"{prefix}-{uuid.uuid4().hex}"

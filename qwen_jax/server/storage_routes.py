@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import re
+from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -141,11 +142,29 @@ async def _form(request: Request, limit: int, timeout: float) -> Any:
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise ApiError(400, "send the file as multipart/form-data, with its purpose")
     stream = within(request.stream(), most=limit + _FRAMING, timeout=timeout)
-    parser = MultiPartParser(request.headers, stream, max_files=1, max_fields=16)
+    parser = MultiPartParser(request.headers, _cut_off(stream), max_files=1, max_fields=16)
     try:
         return await parser.parse()
+    except _CutOff as error:
+        raise error.reason from None
     except (MultiPartException, KeyError, ValueError) as error:
         raise ApiError(400, f"the form cannot be read: {error}") from None
+
+
+class _CutOff(MultiPartException):
+    """An `ApiError` on its way through the parser, which closes its files for its own kind only."""
+
+    def __init__(self, reason: ApiError):
+        super().__init__(reason.message)
+        self.reason = reason
+
+
+async def _cut_off(stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    try:
+        async for part in stream:
+            yield part
+    except ApiError as error:
+        raise _CutOff(error) from None
 
 
 def _keep(files: FileStore, form: Any) -> dict[str, Any]:
