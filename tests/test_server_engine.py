@@ -171,12 +171,15 @@ def test_pictures_are_seen(tmp_path):
     (tmp_path / "red.png").write_bytes(picture("red"))
     red = "data:image/png;base64," + base64.b64encode(picture("red")).decode()
     blue = "data:image/png;base64," + base64.b64encode(picture("blue")).decode()
-    with running(llm, media_folder=tmp_path) as server, openai.OpenAI(
-        base_url=f"{server.url}/v1",
-        api_key="x",
-        max_retries=0,
-        _strict_response_validation=True,
-    ) as client:
+    with (
+        running(llm, media_folder=tmp_path) as server,
+        openai.OpenAI(
+            base_url=f"{server.url}/v1",
+            api_key="x",
+            max_retries=0,
+            _strict_response_validation=True,
+        ) as client,
+    ):
 
         def see(url):
             part = {"type": "image_url", "image_url": {"url": url, "detail": "auto"}}

@@ -42,10 +42,9 @@ def _forwards(runner: Runner) -> list[Callable]:
     for size in (*shapes.ragged, *((b, b) for b in shapes.rows)):
         fed = feeding.feed([], size, shapes)
         calls.append(lambda fed=fed: runner.run_forward(fed, None))
-        if size in shapes.ragged:
-            if runner.features is not None:
-                visual = _no_picture(runner, size[0])
-                calls.append(lambda fed=fed, visual=visual: runner.run_forward(fed, visual))
+        if size in shapes.ragged and runner.features is not None:
+            visual = _no_picture(runner, size[0])
+            calls.append(lambda fed=fed, visual=visual: runner.run_forward(fed, visual))
         after = np.full(size[0], -1, np.int32)
         calls.append(
             lambda fed=fed, after=after: runner.run_targets_logprobs(

@@ -104,7 +104,7 @@ def of_validation(
     param = _written(path) or None
     if first["type"] == "extra_forbidden":
         name = str(path[-1]) if path else "?"
-        near = difflib.get_close_matches(name, known, n=1)
+        near = difflib.get_close_matches(name, set(known) - {name}, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return ApiError(400, f"unknown field {name[:80]!r}{hint}", param=param)
     if first["type"] == "missing":

@@ -109,6 +109,8 @@ def validate(kind: type[Model], body: Any, known: Collection[str]) -> Model:
         return kind.model_validate(body)
     except pydantic.ValidationError as error:
         complaints = error.errors(include_url=False, include_context=False)
+        if len(complaints[0]["loc"]) == 1:
+            known = kind.model_fields  # a field of the body itself
         raise of_validation(complaints, body, known) from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deep") from None
