@@ -19,6 +19,11 @@ from serving import ask, running
 from qwen_jax.server import batches, durable
 from qwen_jax.server.files import FileStore
 
+NEW_BATCH = {
+    "input_file_id": "file-x",
+    "endpoint": "/v1/completions",
+    "completion_window": "24h",
+}
 HERE = pathlib.Path(__file__).parent
 
 
@@ -116,40 +121,48 @@ def test_a_file_that_is_no_batch_fails_it(client, data, code):
 
 
 def test_a_batch_of_too_many_lines_fails(tmp_path):
-    with running(FakeLLM(echo), state=tmp_path, max_batch_lines=3) as server:
-        with open_client(server.url) as client:
-            found = until(client, start(client, lines(4)), "failed")
-            assert found.errors.data[0].code == "too_many_requests"
+    with (
+        running(FakeLLM(echo), state=tmp_path, max_batch_lines=3) as server,
+        open_client(server.url) as client,
+    ):
+        found = until(client, start(client, lines(4)), "failed")
+        assert found.errors.data[0].code == "too_many_requests"
 
 
 def test_a_cancelled_batch_keeps_what_is_done(tmp_path):
     llm = FakeLLM(echo, pause=0.02)
-    with running(llm, state=tmp_path, batch_concurrency=2) as server:
-        with open_client(server.url) as client:
-            batch = start(client, lines(200))
-            while client.batches.retrieve(batch).request_counts.completed < 2:
-                time.sleep(0.02)
+    with (
+        running(llm, state=tmp_path, batch_concurrency=2) as server,
+        open_client(server.url) as client,
+    ):
+        batch = start(client, lines(200))
+        while client.batches.retrieve(batch).request_counts.completed < 2:
+            time.sleep(0.02)
+        client.batches.cancel(batch)
+        found = until(client, batch, "cancelled")
+        done = len(results(client, found.output_file_id))
+        assert 2 <= done == found.request_counts.completed < 200
+        with pytest.raises(openai.BadRequestError, match="cancelled already"):
             client.batches.cancel(batch)
-            found = until(client, batch, "cancelled")
-            done = len(results(client, found.output_file_id))
-            assert 2 <= done == found.request_counts.completed < 200
-            with pytest.raises(openai.BadRequestError, match="cancelled already"):
-                client.batches.cancel(batch)
 
 
 def test_a_full_queue_does_not_fail_a_batch(tmp_path):
-    with running(FakeLLM(echo, most=1), state=tmp_path) as server:
-        with open_client(server.url) as client:
-            found = until(client, start(client, lines(6)), "completed")
-            assert found.request_counts.completed == 6
+    with (
+        running(FakeLLM(echo, most=1), state=tmp_path) as server,
+        open_client(server.url) as client,
+    ):
+        found = until(client, start(client, lines(6)), "completed")
+        assert found.request_counts.completed == 6
 
 
 def test_a_stopped_server_goes_on_where_it_was(tmp_path):
-    with running(FakeLLM(echo, pause=0.02), state=tmp_path, batch_concurrency=3) as server:
-        with open_client(server.url) as client:
-            batch = start(client, lines(40))
-            while client.batches.retrieve(batch).request_counts.completed < 5:
-                time.sleep(0.02)
+    with (
+        running(FakeLLM(echo, pause=0.02), state=tmp_path, batch_concurrency=3) as server,
+        open_client(server.url) as client,
+    ):
+        batch = start(client, lines(40))
+        while client.batches.retrieve(batch).request_counts.completed < 5:
+            time.sleep(0.02)
     llm = FakeLLM(echo)
     with running(llm, state=tmp_path) as server, open_client(server.url) as client:
         found = until(client, batch, "completed")
@@ -249,7 +262,13 @@ def test_an_upload_that_was_cut_off_leaves_nothing(tmp_path):
             400,
             "form|file",
         ),
-        ("POST", "/v1/files", {"content": b"", "headers": {"content-type": "multipart/form-data"}}, 400, "form"),
+        (
+            "POST",
+            "/v1/files",
+            {"content": b"", "headers": {"content-type": "multipart/form-data"}},
+            400,
+            "form",
+        ),
         ("GET", "/v1/files/file-x", {}, 404, "no file"),
         ("GET", "/v1/files/..%2f..%2fetc%2fpasswd/content", {}, 404, "no"),
         ("DELETE", "/v1/files/file-" + "0" * 32, {}, 404, "no file"),
@@ -263,33 +282,21 @@ def test_an_upload_that_was_cut_off_leaves_nothing(tmp_path):
         (
             "POST",
             "/v1/batches",
-            {"json": {"input_file_id": "x", "endpoint": "/v1/embeddings", "completion_window": "24h"}},
+            {"json": {**NEW_BATCH, "endpoint": "/v1/embeddings"}},
             400,
             "endpoint",
         ),
         (
             "POST",
             "/v1/batches",
-            {
-                "json": {
-                    "input_file_id": "file-x",
-                    "endpoint": "/v1/completions",
-                    "completion_window": "soon",
-                }
-            },
+            {"json": {**NEW_BATCH, "completion_window": "soon"}},
             400,
             "completion_window",
         ),
         (
             "POST",
             "/v1/batches",
-            {
-                "json": {
-                    "input_file_id": "file-x",
-                    "endpoint": "/v1/completions",
-                    "completion_window": "24h",
-                }
-            },
+            {"json": NEW_BATCH},
             404,
             "no file",
         ),

@@ -16,8 +16,13 @@ CODER = (
 )
 
 
-def tool(name="f"):
-    parameters = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
+def schema_form(schema):
+    return {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+
+
+def tool(name="f", kind="string"):
+    properties = {"a": {"type": kind, "enum": ["x", "y"]} if kind == "string" else {"type": kind}}
+    parameters = {"type": "object", "properties": properties, "required": ["a"]}
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
@@ -177,7 +182,8 @@ def test_a_call_that_the_model_makes_is_taken_out_of_the_text():
 
 
 def test_calls_in_the_coder_format_stream_in_fragments_that_join():
-    text = "<tool_call>\n<function=f>\n<parameter=a>\nx\n</parameter>\n<parameter=b>\n1\n</parameter>\n</function>\n</tool_call>"
+    parameters = "".join(f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in (("a", "x"), ("b", 1)))
+    text = f"<tool_call>\n<function=f>\n{parameters}</function>\n</tool_call>"
     llm = FakeLLM(lambda prompt, i: text, template=ChatTemplate(CODER))
     pieces, joined = streamed(llm, tools=[tool()])
     assert joined["tool_calls"] == [{"name": "f", "arguments": '{"a": "x", "b": "1"}'}]
@@ -276,7 +282,7 @@ def test_an_answer_in_json():
 def test_tools_beside_a_form_allow_both():
     seen = set()
     for seed in range(12):
-        form = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"const": 1}}}
+        form = schema_form({"const": 1})
         (choice,) = reply(FakeLLM(), tools=[tool()], response_format=form, seed=seed)["choices"]
         seen.add(choice["finish_reason"])
         if choice["finish_reason"] == "stop":
@@ -384,11 +390,15 @@ def test_fields_reach_the_sampling_parameters():
         ({"structured_outputs": {"rgx": "a"}}, None, "did you mean 'regex'"),
         ({"structured_outputs": {"regex": "a"}, "tools": [tool()]}, None, "tool_choice"),
         (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": {"not": {}}}}},
+            {"response_format": schema_form({"not": {}})},
             None,
             "JSON schema",
         ),
-        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "strin"}}}}}], "tool_choice": "required"}, None, "'f'.*strin"),
+        (
+            {"tools": [tool(kind="strin")], "tool_choice": "required"},
+            None,
+            "'f'.*strin",
+        ),
         ({"messages": [{"role": "user", "content": "x" * 3000}]}, None, "max_model_len"),
     ],
 )  # fmt: skip

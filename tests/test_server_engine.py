@@ -189,5 +189,5 @@ def test_pictures_are_seen(tmp_path):
 
         assert see(red) == see(f"file://{tmp_path}/red.png")
         assert see(red) != see(blue)
-        with pytest.raises(openai.BadRequestError, match="broken|no picture"):
+        with pytest.raises(openai.BadRequestError, match=r"broken|no picture"):
             see("data:image/png;base64,aGVsbG8=")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import threading
 import time
@@ -69,8 +70,6 @@ def test_what_is_no_request_is_told_so(content, said):
     headers = {"content-type": "application/json"}
     response = ask(FakeLLM(), "POST", CHAT, content=content, headers=headers)
     assert response.status_code == 400, response.text[:200]
-    import re
-
     assert re.search(said, response.json()["error"]["message"])
 
 
@@ -130,20 +129,20 @@ def test_metrics_have_vllms_names_and_count():
 
 
 def test_a_full_queue_says_when_to_come_back():
-    with running(FakeLLM(pause=0.05), max_requests=2) as server:
-        with httpx.Client(base_url=server.url) as client:
-            with (
-                client.stream("POST", CHAT, json={**HI, "stream": True}) as one,
-                client.stream("POST", CHAT, json={**HI, "stream": True}) as two,
-            ):
-                assert (one.status_code, two.status_code) == (200, 200)
-                third = client.post(CHAT, json=HI)
-                assert third.status_code == 429
-                assert third.headers["retry-after"] == "1"
-                assert third.json()["error"]["code"] == "queue_full"
-                one.read()
-                two.read()
-            assert client.post(CHAT, json=HI).status_code == 200
+    server = running(FakeLLM(pause=0.05), max_requests=2)
+    with server as server, httpx.Client(base_url=server.url) as client:
+        with (
+            client.stream("POST", CHAT, json={**HI, "stream": True}) as one,
+            client.stream("POST", CHAT, json={**HI, "stream": True}) as two,
+        ):
+            assert (one.status_code, two.status_code) == (200, 200)
+            third = client.post(CHAT, json=HI)
+            assert third.status_code == 429
+            assert third.headers["retry-after"] == "1"
+            assert third.json()["error"]["code"] == "queue_full"
+            one.read()
+            two.read()
+        assert client.post(CHAT, json=HI).status_code == 200
     response = ask(FakeLLM(most=0), "POST", CHAT, json=HI)  # the engine's own queue
     assert response.status_code == 429
     # Of several prompts either all are taken or none.

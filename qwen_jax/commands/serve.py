@@ -1,9 +1,14 @@
 """`qwen-jax serve`: an OpenAI-compatible server for one model."""
 
 import argparse
+import contextlib
 import ipaddress
 import os
 import pathlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from qwen_jax.commands import options
@@ -39,6 +44,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="files and batches ('off': none; default: qwen_jax/server in $XDG_STATE_HOME or "
         "~/.local/state)",
+    )
+    group.add_argument(
+        "--warmup",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compile all programs first, and not when a request needs them",
+    )
+    group.add_argument(
+        "--access-log",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="a line for each request",
     )
     _add_media(parser)
     _add_limits(parser)
@@ -91,28 +108,60 @@ def run(args: argparse.Namespace) -> int:
 
 
 def serve(args: argparse.Namespace, llm: Any, settings: "Settings") -> None:
-    """Serves a model that is loaded."""
+    """Serves a model that is loaded, until a signal ends it."""
     import uvicorn
 
     from qwen_jax.commands import session
     from qwen_jax.server.app import Server, make_app
 
-    llm.engine.start()
     try:
+        if args.warmup:
+            _warm_up(args, llm)
         service, app = make_app(llm, settings)
         config = uvicorn.Config(
             app,
             host=args.host,
             port=args.port,
             log_level="warning" if args.quiet else "info",
+            access_log=args.access_log,
             server_header=False,
-            timeout_graceful_shutdown=int(settings.send_timeout),
+            timeout_graceful_shutdown=int(settings.send_timeout) + 1,
         )
         session.say(args, f"serving {settings.model_names[0]} on http://{args.host}:{args.port}")
-        Server(config, service).run()
+        with _signals_end_it():
+            Server(config, service).run()
     finally:
-        llm.engine.drain(0)
         llm.engine.close()
+
+
+def _warm_up(args: argparse.Namespace, llm: Any) -> None:
+    """Compiles what requests will need, so that none of them waits for it."""
+    from tqdm import tqdm
+
+    began = time.monotonic()
+    shown = not args.quiet and sys.stderr.isatty()
+    with tqdm(desc="compile", unit="program", disable=not shown, leave=False) as bar:
+
+        def show(done: int, whole: int) -> None:
+            bar.total = whole
+            bar.update(done - bar.n)
+
+        llm.engine.warmup(show)
+    from qwen_jax.commands import session
+
+    session.say(args, f"compile: {time.monotonic() - began:.1f} s (--no-warmup: when asked)")
+
+
+@contextlib.contextmanager
+def _signals_end_it() -> Iterator[None]:
+    """uvicorn raises the signal that ended it once more, for whoever waits: here nobody does."""
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(kind, lambda *_: None) for kind in kinds]
+    try:
+        yield
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)
 
 
 def _settings(args: argparse.Namespace, model: str) -> "Settings":
