@@ -51,7 +51,11 @@ class FakeEngine:
         self.tokenizer, self.say, self.pause = tokenizer, say, pause
         self.fails, self.most = fails, most
         self.jobs = []
-        self.closed = False
+        self.closed = self.warm = False
+
+    def warmup(self, progress):
+        progress(1, 1)
+        self.warm = True
 
     def submit(self, prompt, params, sink, *, request_id=None, name=""):
         if self.closed:
