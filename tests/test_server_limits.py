@@ -73,6 +73,27 @@ def test_what_is_no_request_is_told_so(content, said):
     assert re.search(said, response.json()["error"]["message"])
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"role": "user", "content": "hello " * 1_500_000}]},
+        {"messages": [{"role": "user", "content": " " * 10_000_000}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 10_000_000}]}]},
+        {"messages": [{"role": "user", "content": "a"}] * 100_000},
+        {**HI, "stop_token_ids": [5] * 1_000_000},
+        {**HI, "stop_token_ids": ["5"] * 1_000_000},
+        {**HI, "logit_bias": {str(i): 1 for i in range(100_000)}},
+        {**HI, "tools": [{"type": "function", "function": {"name": "f"}}] * 50_000},
+    ],
+)
+def test_what_is_hopelessly_large_is_refused_without_being_worked_on(body):
+    began = time.monotonic()
+    response = ask(FakeLLM(), "POST", CHAT, json=body)
+    assert response.status_code == 400
+    assert len(response.text) < 1000
+    assert time.monotonic() - began < 8, "it takes tens of seconds otherwise"
+
+
 def test_json_must_be_said_to_be_json():
     response = ask(FakeLLM(), "POST", CHAT, content=json.dumps(HI).encode())
     assert response.status_code == 400

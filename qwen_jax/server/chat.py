@@ -84,6 +84,14 @@ async def prepare(service: Service, body: ChatRequest) -> ChatJob:
         ApiError: it cannot be answered.
     """
     model = service.check_model(body.model)
+    if len(body.messages) > service.llm.max_model_len:
+        raise ApiError(
+            400,
+            f"{len(body.messages):,} messages do not fit the context of "
+            f"{service.llm.max_model_len:,} tokens",
+            param="messages",
+            code="context_length_exceeded",
+        )
     choice, tools = _offered(body)
     messages = [_message(message.model_dump(exclude_none=True)) for message in body.messages]
     make = functools.partial(_prompt, service, body, messages, tools)

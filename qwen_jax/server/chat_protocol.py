@@ -6,7 +6,7 @@ import pydantic
 
 from qwen_jax.server.protocol import FIRST, Common, Strict, known_fields, unsupported
 
-MAX_TOOLS = 512
+MAX_TOOLS = 128  # as OpenAI
 
 
 class TextPart(Strict):

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import pydantic
 
 MAX_STOPS = 64
+MAX_IDS = 1024  # stop ids, and biases: each width is a program of its own
 _MAX_STOP_CHARS = 4096
 
 
@@ -28,7 +29,6 @@ class StreamOptions(Strict):
 
 # Of a list of a million wrong things the first is enough.
 FIRST = pydantic.Field(fail_fast=True)
-Tokens = Annotated[list[int], FIRST]
 Stop = str | Annotated[list[str], pydantic.Field(max_length=MAX_STOPS), FIRST]
 
 
@@ -38,7 +38,7 @@ class Common(Strict):
     model: str | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], pydantic.Field(max_length=MAX_IDS)] | None = None
     n: int | None = None
     seed: int | None = None
     stop: Stop | None = None
@@ -52,11 +52,11 @@ class Common(Strict):
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    stop_token_ids: Tokens | None = None
+    stop_token_ids: Annotated[list[int], pydantic.Field(max_length=MAX_IDS), FIRST] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    allowed_token_ids: Tokens | None = None
+    allowed_token_ids: Annotated[list[int], FIRST] | None = None
     prompt_logprobs: int | None = None
     structured_outputs: dict[str, Any] | None = None
     mm_processor_kwargs: dict[str, Any] | None = None

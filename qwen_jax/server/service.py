@@ -6,6 +6,7 @@ Knows the pieces and how they are used from the event loop: what takes long runs
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -107,7 +108,9 @@ class Service:
     async def on_thread(self, work: Callable[[], Result]) -> Result:
         """Runs what takes long; what the library refuses is the client's mistake."""
         with bad_request():
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            return await asyncio.get_running_loop().run_in_executor(
+                self._threads, _without_panic, work
+            )
 
     async def compile(self, wish: StructuredOutputs, prompt: Prompt) -> Grammar:
         """The grammar of a wish, for an answer to a prompt.
@@ -119,9 +122,8 @@ class Service:
         try:
             with bad_request():
                 async with asyncio.timeout(seconds):
-                    work = loop.run_in_executor(
-                        self._compilers, self.llm.forms.grammar, wish, prompt
-                    )
+                    make = functools.partial(self.llm.forms.grammar, wish, prompt)
+                    work = loop.run_in_executor(self._compilers, _without_panic, make)
                     # It cannot be interrupted: what it says after the time is over is for nobody.
                     work.add_done_callback(lambda done: done.cancelled() or done.exception())
                     return await asyncio.shield(work)
@@ -163,3 +165,13 @@ class Service:
                 "in_progress": self.gate.inside,
             },
         }
+
+
+def _without_panic(work: Callable[[], Result]) -> Result:
+    """A fault in a library written in Rust as an `Exception`, which it is not by itself."""
+    try:
+        return work()
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":
+            raise RuntimeError(f"a library has failed: {error}") from error
+        raise
