@@ -47,34 +47,20 @@ _LOGIT_BLOCK = 64  # tokens whose logits exist at once while prompt logprobs are
 
 
 def prefill(
-    params: Weights,
-    config: ModelConfig,
-    runtime: Runtime,
-    batch: RaggedBatch,
-    cache: KVCache,
-    targets: jax.Array | None,
-    *,
-    num_logprobs: int | None,
-) -> tuple[jax.Array, KVCache, sampling.Logprobs | None]:
+    params: Weights, config: ModelConfig, runtime: Runtime, batch: RaggedBatch, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
     """Takes a chunk of the prompts into the cache.
 
     Args:
         params, config, runtime: the model; the last two static.
         batch: the chunk's tokens.
         cache: what earlier chunks left, or an empty cache; donate it.
-        targets: int32 [T], the token that follows each token of the chunk (-1 for none), where
-            prompt logprobs are wanted.
-        num_logprobs: static; how many best tokens to report with each target, None for no logprobs.
 
     Returns:
-        The stream [B, D] at the last token of each row, the cache, and the targets' logprobs with
-        [T, …] leaves, or None.
+        The stream [B, D] at the last token of each row, and the cache.
     """
     x_TD, cache = forward(params, config, runtime, batch, cache)
-    logprobs = None
-    if num_logprobs is not None:
-        logprobs = prompt_logprobs(params, config, runtime, x_TD, targets, num_logprobs)
-    return last_of_rows(x_TD, batch), cache, logprobs
+    return last_of_rows(x_TD, batch), cache
 
 
 def first(
@@ -239,7 +225,7 @@ def prompt_logprobs(params, config, runtime, x_TD, targets_T, k: int) -> samplin
     return jax.tree.map(lambda x: x.reshape(tokens + pad, *x.shape[2:])[:tokens], out)
 
 
-_STATIC = ("config", "runtime", "options", "num_logprobs")
+_STATIC = ("config", "runtime", "options")
 
 
 def _jit(fn, *donated: str):
@@ -264,7 +250,7 @@ def generate(
     options: Options,
 ) -> State:
     """`prefill`, `first`, then `advance` to the end; jitted, one program."""
-    x_BD, cache, _ = prefill(params, config, runtime, batch, cache, None, num_logprobs=None)
+    x_BD, cache = prefill(params, config, runtime, batch, cache)
     where = (batch.page_table, batch.kv_lens)
     state = first(params, config, runtime, x_BD, cache, *where, rows, counts, options=options)
     return advance(params, config, runtime, state, rows, jnp.int32(2**30), options=options)

@@ -176,7 +176,7 @@ def check_tokens(tokens: np.ndarray, names: list[str]) -> None:
     """Raise ValueError on the host if rows got no token, naming each and the reason."""
     reasons = {
         NOT_FINITE: "its logits hold NaN or infinity",
-        NO_TOKEN_LEFT: "its allowed ids and stop ids below min_tokens leave no token",
+        NO_TOKEN_LEFT: "what it may choose from and stop ids below min_tokens leave no token",
     }
     failed = [
         f"{name}: {reasons[token]}"

@@ -93,7 +93,7 @@ class Ours:
         cache = make_cache(self.config.text, self.runtime, rows * width)
         jax.block_until_ready((batch, cache))
         began = time.perf_counter()
-        x_BD, cache, _ = generation.jit_prefill(*self.model, batch, cache, None, num_logprobs=None)
+        x_BD, cache = generation.jit_prefill(*self.model, batch, cache)
         where = (batch.page_table, batch.kv_lens)
         self.state = generation.jit_first(
             *self.model, x_BD, cache, *where, self.rows, None, options=self.options

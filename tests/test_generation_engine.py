@@ -1,53 +1,13 @@
-"""What stands around the generate loop on the host: chunks, pages, sequences, logprob counts."""
+"""What stands around the generate loop on the host: sequences, logprob counts."""
 
 import pytest
 import tiny
-from hypothesis import given
-from hypothesis import strategies as st
 
-from qwen_jax.engine.chunks import plan_chunks, targets
-from qwen_jax.engine.pages import PageTable
 from qwen_jax.engine.sequence import Job, Sequence
 from qwen_jax.engine.token_logprobs import most_wanted
 from qwen_jax.prompt.tokenizer import Tokenizer
 from qwen_jax.requests import SamplingParams
 from qwen_jax.results import Logprob
-
-LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=6)
-
-
-# ---- chunks --------------------------------------------------------------------------------------
-
-
-@given(lengths=LENGTHS, limit=st.integers(1, 50))
-def test_targets_are_the_tokens_that_follow(lengths, limit):
-    prompts = [tuple(1000 * b + i for i in range(n)) for b, n in enumerate(lengths)]
-    cached = [0] * len(prompts)
-    seen = {b: [] for b in range(len(prompts))}
-    for takes in plan_chunks(lengths, limit):
-        found = targets(prompts, cached, takes, sum(takes) + 3)
-        assert found[sum(takes) :].tolist() == [-1] * 3  # padding
-        start = 0
-        for b, take in enumerate(takes):
-            seen[b] += found[start : start + take].tolist()
-            start += take
-        cached = [c + n for c, n in zip(cached, takes, strict=True)]
-    assert seen == {b: [*p[1:], -1] for b, p in enumerate(prompts)}
-
-
-# ---- pages ---------------------------------------------------------------------------------------
-
-
-def test_rows_get_pages_of_their_own_as_they_grow():
-    pages = PageTable(3, 4, page_size=16)
-    for row, length in ((0, 16), (2, 17), (0, 33), (0, 20), (2, 32), (1, 1)):
-        pages.reserve(row, length)
-    owned = {0: 3, 1: 1, 2: 2}
-    assert pages.used == 6
-    held = [pages.table[row, :n].tolist() for row, n in owned.items()]
-    assert sorted(page for own in held for page in own) == list(range(6))
-    assert held[0][0] == 0  # what a row has it keeps
-
 
 # ---- sequences -----------------------------------------------------------------------------------
 

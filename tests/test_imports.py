@@ -113,7 +113,6 @@ qwen_jax.functional
 qwen_jax.engine
 qwen_jax.engine.pages
 qwen_jax.engine.capacity
-qwen_jax.engine.chunks
 qwen_jax.engine.compile_clock
 qwen_jax.engine.token_logprobs
 qwen_jax.engine.pictures
@@ -122,16 +121,19 @@ qwen_jax.engine.sequence
 qwen_jax.engine.totals
 qwen_jax.engine.events
 qwen_jax.engine.row
+qwen_jax.engine.faults
 qwen_jax.engine.request
 qwen_jax.engine.scheduler
 qwen_jax.engine.step_clock
-qwen_jax.engine.outcome
 qwen_jax.engine.programs
 qwen_jax.engine.feeding
 qwen_jax.engine.slots
+qwen_jax.engine.views
 qwen_jax.engine.runner
+qwen_jax.engine.outcome
 qwen_jax.engine.warmup
 qwen_jax.engine.core
+qwen_jax.engine.driver
 qwen_jax.engine.engine
 qwen_jax.engine.offline
 

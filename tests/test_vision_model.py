@@ -156,7 +156,7 @@ def test_a_picture_seen_before_is_not_encoded_again(llm):
 def test_turns_of_a_conversation_share_a_picture(llm):
     picture = vision_model.request("odd grid")["multi_modal_data"]["image"][0] // 2
     turn = {"role": "user", "content": [{"type": "image", "image": picture}]}
-    features = llm.engine.runner.features
+    features = llm.engine.runner.views.store
     before = features.encoded
     for messages in ([turn], [turn, {"role": "assistant", "content": "a"}, turn]):
         (result,) = llm.chat(messages, SamplingParams(max_tokens=1), use_tqdm=False)

@@ -103,7 +103,7 @@ def prompt(llm: LLM, case: str) -> Prompt:
 def logits(llm: LLM, given: Prompt, *, deepstack: bool = True) -> np.ndarray:
     """float32 [T, V] of every position of a prompt."""
     size, vision = 64, given.vision
-    features = vision and llm.engine.runner.features.of(vision.pictures)
+    features = vision and llm.engine.runner.views.store.of(vision.pictures)
     window = (0, len(given.token_ids))
     visual = visual_rows([vision], [features], [window], size)
     if visual is not None and not deepstack:

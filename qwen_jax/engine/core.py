@@ -7,13 +7,14 @@ on one thread.
 import collections
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from qwen_jax import sampling
 from qwen_jax.engine.events import Event, Failed
-from qwen_jax.engine.outcome import advance
+from qwen_jax.engine.faults import DeviceError, StepFailed, on_device
+from qwen_jax.engine.outcome import add_prompt_logprobs, advance, got
 from qwen_jax.engine.pages import PagePool
 from qwen_jax.engine.request import Request
 from qwen_jax.engine.row import Row
@@ -22,16 +23,11 @@ from qwen_jax.engine.scheduler import Part, Scheduler, Step
 from qwen_jax.engine.step_clock import StepClock
 from qwen_jax.engine.token_logprobs import Entry, TokenLogprobs
 from qwen_jax.engine.totals import EngineStats, Totals
-from qwen_jax.generation_state import FAILED
 from qwen_jax.prompt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 _AHEAD = 512  # new tokens of a row that a growing cache makes room for at once
-
-
-class DeviceError(RuntimeError):
-    """A step that a request was in has failed; names the request."""
 
 
 class Core:
@@ -108,8 +104,8 @@ class Core:
 
     @property
     def busy(self) -> bool:
-        """Whether there is a request that is not over."""
-        return bool(self._requests)
+        """Whether there is a request that is not over, or a step on its way."""
+        return bool(self._requests or self._flights)
 
     def stats(self) -> EngineStats:
         """How busy it is; may be called from any thread."""
@@ -156,7 +152,7 @@ class Core:
                 self._start(step)
             if self._flights and (step is None or len(self._flights) > 1):
                 self._land()
-        except _StepFailed as failure:
+        except StepFailed as failure:
             self._recover(failure, step)
         self._clock.worked(*began, self._waited)
 
@@ -164,20 +160,45 @@ class Core:
         if not self._flights:
             self._clock.starts()
         if step.steps:
-            self._flights.append(_on_device(self._runner.stretch, step))
+            self._flights.append(on_device(self._runner.stretch, step))
             return
-        passed = _on_device(self._runner.forward, step)
+        passed = on_device(self._runner.forward, step)
         if step.constrained:
             while self._flights:
                 self._land()
-            _hold_back(passed)
-        self._flights.append(_on_device(self._runner.choose, passed))
+            self._constrain(passed)
+        self._flights.append(on_device(self._runner.choose, passed))
+
+    def _constrain(self, passed: Pass) -> None:
+        """Masks for the rows that still choose, now that the tokens before are known.
+
+        Rows that have ended meanwhile, or got forced tokens, choose nothing after this pass.
+        """
+        words = -(-self._runner.config.text.vocab_size // 32)
+        for part in passed.choosers:
+            row = part.row
+            if not row.done and not part.known and not row.on_device:
+                row.pending -= 1
+                part.chooses = False
+            elif not row.done and row.constraint is not None:
+                passed.masks[row] = np.zeros(words, np.uint32)
+                try:
+                    row.constraint.mask(passed.masks[row])
+                except Exception as error:
+                    self._fail_form(row.request, error)
+            part.chooses &= not row.done
+
+    def _fail_form(self, request: Request, error: Exception) -> None:
+        """Ends a request whose constraint, which is not ours, has raised: the others go on."""
+        failure = RuntimeError(f"{request.name}: structured output has failed: {error!r}")
+        failure.__cause__ = error
+        self.fail(request, failure)
 
     def _land(self) -> None:
         """Waits for the first step on its way, and hands out what it brought."""
         flight = self._flights[0]
         began = time.perf_counter()
-        _on_device(flight.land)
+        on_device(flight.land)
         self._waited += time.perf_counter() - began
         self._flights.popleft()
         passes = 1
@@ -186,40 +207,32 @@ class Core:
         seconds = self._clock.landed(flight.step, passes)
         if seconds is not None:
             self._scheduler.step_seconds = seconds
-        self._take_prompt_logprobs(flight)
+        add_prompt_logprobs(flight, self._logprobs)
         for b, part in enumerate(flight.choosers):
             if part.chooses and not part.row.done:
                 self._take(flight, b, part)
 
     def _take(self, flight: Flight, b: int, part: Part) -> None:
         """Gives a row its tokens of a step."""
-        row, made = part.row, flight.made
-        assert made is not None
+        row = part.row
         row.pending -= part.take if flight.step.steps else 1
-        new, failed = made.tokens[b, : made.count[b]].tolist(), None
-        if made.finish[b] == FAILED and new:
-            failed = new.pop()
-        entries, k = None, row.sequence.job.params.logprobs
-        if k is not None:
-            entries = [self._logprobs.entry(made.logprobs, (b, i), t, k) for i, t in enumerate(new)]
-        if new:
-            self._advance(row, new, entries)
-        if failed is not None and not row.done:
+        brought = got(flight, b, self._logprobs)
+        if brought.tokens:
+            self._advance(row, brought.tokens, brought.entries)
+        if brought.failed is not None and not row.done:
             where = f"{row.request.name} at new token {len(row.sequence.token_ids) + 1}"
             try:
-                sampling.check_tokens(np.array([failed]), [where])
+                sampling.check_tokens(np.array([brought.failed]), [where])
             except ValueError as error:
-                self.fail(row.request, error, spoiled=True)
+                self.fail(row.request, error, spoiled=brought.failed == sampling.NOT_FINITE)
 
     def _advance(self, row: Row, new: list[int], entries: list[Entry] | None) -> None:
         """Moves a row on, tells its owner, and ends what has ended."""
         request, before = row.request, len(row.sequence.token_ids)
         try:
             delta = advance(row, new, entries)
-        except Exception as error:  # of the constraint, which is not ours: the others go on
-            failure = RuntimeError(f"{request.name}: structured output has failed: {error!r}")
-            failure.__cause__ = error
-            self.fail(request, failure)
+        except Exception as error:
+            self._fail_form(request, error)
             return
         self._count(row, before)
         if delta is not None:
@@ -229,7 +242,7 @@ class Core:
         if row.done:
             self._scheduler.remove(row)
         elif row.slot is not None and not row.on_device:
-            _on_device(self._runner.recount, row, rows=[row])  # forced tokens count too
+            on_device(self._runner.recount, row, rows=[row])  # forced tokens count too
         if request.done:
             del self._requests[request]
             self._send(request, request.finish())
@@ -244,29 +257,13 @@ class Core:
         totals.generated_tokens += got
         totals.decode_tokens += got - (before == 0)
 
-    def _take_prompt_logprobs(self, flight: Flight) -> None:
-        if flight.after is None:
-            return
-        start = 0
-        for part in flight.step.parts:
-            row, k = part.row, part.row.sequence.job.params.prompt_logprobs
-            stop = start + part.take
-            if part.known and row.wants_prompt_logprobs:
-                assert row.prompt_logprobs is not None
-                assert k is not None
-                for t in range(start, stop):
-                    if flight.after[t] >= 0:
-                        entry = self._logprobs.entry(flight.prompt, t, int(flight.after[t]), k)
-                        row.prompt_logprobs.append(entry)
-            start = stop
-
     # ---- pages and errors ------------------------------------------------------------------------
 
     def _seated(self, row: Row) -> None:
         row.request.seated = True
         if not row.prefilled and row.first is None:
             row.request.result.metrics.cached_tokens = row.computed
-        _on_device(self._runner.seat, row, rows=[row])
+        on_device(self._runner.seat, row, rows=[row])
 
     def _grow(self, wanted: int) -> bool:
         """Makes the cache larger, by doubling, to what rows will soon want; False if it may not."""
@@ -285,7 +282,7 @@ class Core:
         """Makes the cache larger; None: as large as it may be."""
         num_pages = num_pages or self._max_pages
         if num_pages > self._pool.num_pages:
-            _on_device(self._runner.grow, num_pages)
+            on_device(self._runner.grow, num_pages)
             self._pool.grow(num_pages)
 
     def _revive(self) -> None:
@@ -293,7 +290,7 @@ class Core:
         if not self._flights and self._runner.lost:
             self._start_anew()
 
-    def _recover(self, failure: "_StepFailed", step: Step | None) -> None:
+    def _recover(self, failure: StepFailed, step: Step | None) -> None:
         """Fails the requests in the steps on their way; the others are computed again."""
         log.error("a step has failed: %s", failure.__cause__)
         steps = [flight.step for flight in self._flights] + ([step] if step else [])
@@ -312,28 +309,3 @@ class Core:
             self._scheduler.preempt(row)
         self._pool.forget(range(self._pool.num_pages))
         self._runner.reset()
-
-
-class _StepFailed(Exception):
-    """Something on the device has raised; the cause says what. ``rows`` are those it was for."""
-
-    def __init__(self, rows: Sequence[Row]):
-        super().__init__()
-        self.rows = rows
-
-
-def _on_device(call, *args, rows: Sequence[Row] = ()):
-    try:
-        return call(*args)
-    except Exception as error:
-        raise _StepFailed(rows) from error
-
-
-def _hold_back(passed: Pass) -> None:
-    """Rows that have ended meanwhile, or got forced tokens, choose nothing after this pass."""
-    for part in passed.choosers:
-        if part.row.done:
-            part.chooses = False
-        elif not part.known and not part.row.on_device:
-            part.chooses = False
-            part.row.pending -= 1

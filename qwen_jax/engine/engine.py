@@ -1,29 +1,24 @@
 """The engine: requests in from any thread, events out on its own.
 
-Knows threads, locks and queues; what a step holds is `scheduler`'s matter, how it runs is
-`runner`'s. One thread at a time drives the device. It ends when there has been nothing to do for a
-while, and the next request starts another. Two steps are on their way at most, so that the device
-works while the host makes text of the tokens of the step before:
+Knows what an engine is made of; what a step holds is `scheduler`'s matter, how it runs is
+`runner`'s. Two steps are on their way at most, so that the device works while the host makes text
+of the tokens of the step before:
 
     device   [ step 1 ][ step 2 ][ step 3 ]
     host     plan 2    | text 1, plan 3 | text 2, plan 4
 """
 
-import atexit
-import collections
 import contextlib
 import dataclasses
 import itertools
-import logging
-import threading
-import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
 from qwen_jax.engine.constraint import Factory
 from qwen_jax.engine.core import Core
-from qwen_jax.engine.events import EngineClosed, QueueFull
+from qwen_jax.engine.driver import Driver
+from qwen_jax.engine.events import QueueFull
 from qwen_jax.engine.pictures import FeatureStore
 from qwen_jax.engine.request import Defaults, Request, Sink
 from qwen_jax.engine.runner import Runner
@@ -35,10 +30,7 @@ from qwen_jax.runtime import Runtime
 from qwen_jax.weights.config import ModelConfig
 from qwen_jax.weights.params import Weights
 
-log = logging.getLogger(__name__)
-
 FIRST_PAGES = 64  # of a cache in memory that others use too; it is doubled when rows grow into it
-_LINGER = 2.0  # seconds that the thread waits for a request before it ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,14 +115,8 @@ class Engine:
         self._config, self._defaults, self._limits = config, defaults, limits
         self._constraints = constraints
         self._numbers = itertools.count()
-        self._lock = threading.Condition()
-        self._calls: collections.deque[Callable[[], None]] = collections.deque()
+        self._driver = Driver(self._core)
         self._queued: list[Request] = []  # that may still wait; only kept where they are limited
-        self._thread: threading.Thread | None = None
-        self._draining = self._closed = False
-        self._idle = True  # nothing to do, and nothing in hand
-        self._error: BaseException | None = None
-        _open_engines.add(self)
 
     def submit(
         self,
@@ -176,16 +162,16 @@ class Engine:
             constraint=constraint,
         )
         settings(request.rows[0])  # raises where they leave no token
-        with self._lock:
-            self._check_open()
+        with self._driver.lock:
+            self._driver.check_open()
             self._queue(request)
-            self._post(lambda: self._core.add(request))
+            self._driver.post(lambda: self._core.add(request))
         return Handle(self, request)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Requests that are submitted inside begin together, when it is left."""
-        with self._lock:
+        with self._driver.lock:
             yield
 
     def stats(self) -> EngineStats:
@@ -206,7 +192,7 @@ class Engine:
 
         def run() -> None:
             try:
-                self._check_open()
+                self._driver.check_open()
                 self._core.resize()
                 warm_up(self.runner, progress)
             except BaseException as error:
@@ -214,39 +200,24 @@ class Engine:
             else:
                 done.set_result(None)
 
-        with self._lock:
-            self._check_open()
-            self._post(run)
+        with self._driver.lock:
+            self._driver.check_open()
+            self._driver.post(run)
         done.result()
-
-    # ---- life ------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Starts the thread, which a request does too."""
-        with self._lock:
-            self._check_open()
-            self._post(None)
+        with self._driver.lock:
+            self._driver.check_open()
+            self._driver.post(lambda: None)
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Takes no more requests and waits for those that are there; whether all have ended."""
-        with self._lock:
-            self._draining = True
-            return self._lock.wait_for(lambda: self._idle, timeout)
+        """Takes no more requests and waits for those that are there; whether all are over."""
+        return self._driver.drain(timeout)
 
     def close(self) -> None:
         """Ends the thread; every request that is not over fails with `EngineClosed`."""
-        with self._lock:
-            self._closed = True
-            thread = self._thread
-            self._lock.notify_all()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
-
-    def _check_open(self) -> None:
-        if self._error is not None:
-            raise EngineClosed(f"the engine has stopped: {self._error!r}") from self._error
-        if self._closed or self._draining:
-            raise EngineClosed("the engine is closed: it takes no more requests")
+        self._driver.close()
 
     def _queue(self, request: Request) -> None:
         most = self._limits.max_waiting
@@ -258,71 +229,5 @@ class Engine:
         self._queued.append(request)
 
     def _cancel(self, request: Request) -> None:
-        with self._lock:
-            if not self._closed:
-                self._post(lambda: self._core.cancel(request))
-
-    def _post(self, call: Callable[[], None] | None) -> None:
-        """Has the thread make a call between two turns; the lock is held."""
-        self._idle = False
-        if call is not None:
-            self._calls.append(call)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._drive, name="qwen-jax engine", daemon=True)
-            self._thread.start()
-        self._lock.notify_all()
-
-    def _drive(self) -> None:
-        try:
-            while (calls := self._next_calls()) is not None:
-                for call in calls:
-                    call()
-                self._core.turn()
-        except BaseException as error:
-            log.exception("the engine has stopped")
-            self._error = error
-        if self._thread is threading.current_thread():
-            self._end()
-
-    def _next_calls(self) -> list[Callable[[], None]] | None:
-        """What to do before the next turn; None to end the thread."""
-
-        def work() -> bool:
-            return bool(self._calls) or self._core.busy or self._closed
-
-        with self._lock:
-            if not work():
-                self._idle = True
-                self._lock.notify_all()  # whoever drains
-                if not self._lock.wait_for(work, _LINGER):
-                    self._thread = None
-                    return None
-            if self._closed:
-                return None
-            calls = list(self._calls)
-            self._calls.clear()
-            return calls
-
-    def _end(self) -> None:
-        """Leaves no request without a last event, when the thread ends for good."""
-        with self._lock:
-            self._closed = True
-            calls = list(self._calls)
-            self._calls.clear()
-        for call in calls:
-            call()
-        why = f"the engine has stopped: {self._error!r}" if self._error else "the engine was closed"
-        self._core.fail_all(lambda name: EngineClosed(f"{name}: {why}"))
-        with self._lock:
-            self._idle = True
-            self._lock.notify_all()
-
-
-_open_engines: "weakref.WeakSet[Engine]" = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    """A device must not be at work when the interpreter goes."""
-    for engine in list(_open_engines):
-        engine.close()
+        with self._driver.lock:
+            self._driver.post(lambda: self._core.cancel(request))

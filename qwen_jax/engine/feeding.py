@@ -4,7 +4,8 @@ Knows parts, shapes and token ids; runs nothing.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -62,32 +63,32 @@ class Shapes:
 def feed(parts: Sequence[Part], size: tuple[int, int], shapes: Shapes) -> Feed:
     """The forward pass of a ragged step."""
     (tokens, rows), slots = size, shapes.rows[-1]
-    out = Feed(
-        tokens=np.zeros(tokens, np.int32),
-        positions=np.zeros((3, tokens), np.int32),
-        row_starts=np.zeros(rows + 1, np.int32),
-        kv_lens=np.zeros(rows, np.int32),
-        page_table=page_table(parts, rows, shapes.width),
-        slots=np.full(rows, -1, np.int32),
-        rope_delta=np.zeros(rows, np.int32),
-        ends=np.zeros(slots, np.int32),
-    )
+    arrays: dict[str, Any] = {
+        "tokens": np.zeros(tokens, np.int32),
+        "positions": np.zeros((3, tokens), np.int32),
+        "row_starts": np.zeros(rows + 1, np.int32),
+        "kv_lens": np.zeros(rows, np.int32),
+        "page_table": page_table(parts, rows, shapes.width),
+        "slots": np.full(rows, -1, np.int32),
+        "rope_delta": np.zeros(rows, np.int32),
+        "ends": np.zeros(slots, np.int32),
+    }
     start = chosen = 0
     for b, part in enumerate(parts):
         stop, vision = start + part.take, part.row.sequence.job.vision
         if part.known:
             window = (part.start, part.start + part.take)
-            out.tokens[start:stop] = part.row.tokens[slice(*window)]
-            out.positions[:, start:stop] = positions_of(vision, window)
-            out.kv_lens[b] = window[1]
+            arrays["tokens"][start:stop] = part.row.tokens[slice(*window)]
+            arrays["positions"][:, start:stop] = positions_of(vision, window)
+            arrays["kv_lens"][b] = window[1]
         else:
-            out.slots[b] = part.row.slot
-            out.rope_delta[b] = vision.delta if vision else 0
+            arrays["slots"][b] = part.row.slot
+            arrays["rope_delta"][b] = vision.delta if vision else 0
         if part.chooses:
-            out.ends[chosen] = stop - 1
+            arrays["ends"][chosen] = stop - 1
             chosen += 1
-        out.row_starts[b + 1 :] = start = stop
-    return out
+        arrays["row_starts"][b + 1 :] = start = stop
+    return Feed(**arrays)
 
 
 def seats(choosers: Sequence[Part], size: int, slots: int) -> Seats:
@@ -95,8 +96,9 @@ def seats(choosers: Sequence[Part], size: int, slots: int) -> Seats:
 
     slots: how many there are, which marks an unused row.
     """
-    at = np.full(size, slots, np.int32)
-    kv_lens, count = (np.full(size, -1, np.int32) for _ in range(2))
+    at: Any = np.full(size, slots, np.int32)
+    kv_lens: Any = np.full(size, -1, np.int32)
+    count: Any = np.full(size, -1, np.int32)
     for b, part in enumerate(choosers):
         if not part.chooses:
             continue
@@ -104,7 +106,28 @@ def seats(choosers: Sequence[Part], size: int, slots: int) -> Seats:
         if part.known:
             kv_lens[b] = part.start + part.take
             count[b] = len(part.row.sequence.token_ids)
-    return Seats(at, kv_lens, count)  # type: ignore[arg-type]
+    return Seats(at, kv_lens, count)
+
+
+def prompt_logprobs_asked(parts: Sequence[Part]) -> Iterator[int]:
+    """How many logprobs of their prompts' tokens rows of this step ask for."""
+    for part in parts:
+        asked = part.row.sequence.job.params.prompt_logprobs
+        if part.known and part.row.wants_prompt_logprobs and asked is not None:
+            yield asked
+
+
+def targets(parts: Sequence[Part], size: int) -> np.ndarray:
+    """int32 [size]: the prompt token after each token, -1 where none is asked for."""
+    found = np.full(size, -1, np.int32)
+    start = 0
+    for part in parts:
+        if part.known and part.row.wants_prompt_logprobs:
+            first = part.start + 1
+            following = part.row.sequence.job.prompt[first : first + part.take]
+            found[start : start + len(following)] = following
+        start += part.take
+    return found
 
 
 def page_table(parts: Sequence[Part], rows: int, width: int) -> np.ndarray:

@@ -70,7 +70,7 @@ class PagePool:
             if key not in self._pages:
                 break
             found.append(self._pages[key])
-        idle = sum(page in self._free for page in found)
+        idle = sum(page in self._free for page in set(found))
         if count - len(found) + spare > len(self._free) - idle:
             return None
         self.cached -= idle

@@ -5,23 +5,21 @@ done: a `Flight` is a step on its way, and `land` waits for it.
 """
 
 import dataclasses
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen_jax import sampling
 from qwen_jax.engine import feeding, programs
-from qwen_jax.engine.chunks import targets
 from qwen_jax.engine.feeding import Shapes
-from qwen_jax.engine.pictures import Features, FeatureStore, visual_rows
+from qwen_jax.engine.pictures import FeatureStore
 from qwen_jax.engine.row import Row
 from qwen_jax.engine.scheduler import MOST_STEPS, Part, Step
 from qwen_jax.engine.slots import FULL, Slots, penalises
 from qwen_jax.engine.token_logprobs import most_wanted
+from qwen_jax.engine.views import Views
 from qwen_jax.generation_state import Options, Rows
 from qwen_jax.model.cache import VisualRows, grow_cache, make_cache
 from qwen_jax.runtime import Runtime
@@ -33,12 +31,20 @@ FEWEST_LOGPROBS = 32  # that a program reports, so that few numbers of them reac
 
 @dataclasses.dataclass
 class Pass:
-    """A forward pass on its way; its rows have yet to choose."""
+    """A forward pass on its way; its rows have yet to choose.
+
+    Attributes:
+        step: what was planned.
+        choosers: rows that choose, but for those that do not any more.
+        x_TD, x_SD: from `programs.forward`.
+        masks: of structured output, for rows that have one.
+    """
 
     step: Step
     choosers: list[Part]
     x_TD: jax.Array
     x_SD: jax.Array
+    masks: dict[Row, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -89,13 +95,12 @@ class Runner:
         num_pages: int,
     ):
         self.params, self.config, self.runtime = params, config, runtime
-        self.features = features
+        self.views = Views(features)
         width = -(-max_model_len // runtime.page_size)
         self.shapes = Shapes.make(
             runtime.buckets, max_rows=max_rows, max_tokens=max_tokens, width=width
         )
         self._everywhere = NamedSharding(runtime.mesh, PartitionSpec())
-        self._seen: weakref.WeakKeyDictionary[Row, Features] = weakref.WeakKeyDictionary()
         self._unmasked: dict[int, jax.Array] = {}
         self._slots = Slots(self.shapes.rows[-1], self.config.text.vocab_size)
         self._counts: sampling.Counts | None = None
@@ -144,7 +149,8 @@ class Runner:
     def reset(self) -> None:
         """Makes everything anew after an error, empty."""
         num_pages = self._cache.num_pages
-        self._cache = self._counts = None  # type: ignore[assignment]  (their memory is needed)
+        del self._cache  # its memory is needed
+        self._counts = None
         self._cache = make_cache(self.config.text, self.runtime, num_pages)
         self._carry = self._place(programs.empty_carry(self._slots.size))
 
@@ -154,22 +160,26 @@ class Runner:
         """Starts the forward pass of a ragged step."""
         size = self.shapes.for_step(step.parts)
         fed = feeding.feed(step.parts, size, self.shapes)
-        streams = self.run_forward(fed, self._visual(step.parts, size[0]))
+        streams = self.run_forward(fed, self.views.rows(step.parts, size[0]))
         return Pass(step, [part for part in step.parts if part.chooses], *streams)
 
     def choose(self, passed: Pass) -> Flight:
         """Starts the choice of the rows that still choose after a forward pass."""
         flight = Flight(passed.step, passed.choosers)
-        self._start_prompt_logprobs(flight, passed.x_TD)
+        asked = list(feeding.prompt_logprobs_asked(passed.step.parts))
+        if asked:
+            flight.after = feeding.targets(passed.step.parts, passed.x_TD.shape[0])
+            most = self._logprobs(asked)
+            flight.prompt = self.run_targets_logprobs(passed.x_TD, flight.after, most)
         if any(part.chooses for part in passed.choosers):
-            seats, options = self._seats(passed.choosers, 1)
+            seats, options = self._seats(passed.choosers, 1, passed.masks)
             flight.made = self.run_choose(passed.x_SD, seats, options)
         _start_copy(flight)
         return flight
 
     def stretch(self, step: Step) -> Flight:
         """Starts decode steps."""
-        seats, options = self._seats(step.parts, MOST_STEPS)
+        seats, options = self._seats(step.parts, MOST_STEPS, {})
         table = feeding.page_table(step.parts, seats.slots.shape[0], self.shapes.width)
         flight = Flight(step, step.parts, self.run_stretch(seats, table, step.steps, options))
         _start_copy(flight)
@@ -220,7 +230,7 @@ class Runner:
         """`programs.recount`."""
         self._counts = programs.recount(self._all_counts(), np.int32(slot), prompt, output)
 
-    def run_targets_logprobs(self, x_TD: jax.Array, after: np.ndarray, num_logprobs: int):
+    def run_targets_logprobs(self, x_TD: jax.Array, after: np.ndarray, num_logprobs: int | None):
         """`programs.targets_logprobs`."""
         return programs.targets_logprobs(*self._model, x_TD, after, num_logprobs=num_logprobs)
 
@@ -233,17 +243,19 @@ class Runner:
             self._table = self._place(self._slots.table())
         return self._table
 
-    def _seats(self, choosers: list[Part], new_tokens: int) -> tuple[programs.Seats, Options]:
+    def _seats(
+        self, choosers: list[Part], new_tokens: int, masks: Mapping[Row, np.ndarray]
+    ) -> tuple[programs.Seats, Options]:
         """Who chooses, and which program does it."""
         size = self.shapes.for_rows(len(choosers))
         seats = feeding.seats(choosers, size, self._slots.size)
         rows = [part.row if part.chooses else None for part in choosers]
         choosing = [row for row in rows if row is not None]
         features = self._slots.features(choosing)
-        if any(self._slots.asks(row) for row in choosing):
-            seats = seats.replace(masks=self._place(self._slots.masks(rows, size)))
-        elif features is FULL:
-            seats = seats.replace(masks=self.no_masks(size))
+        if features is FULL:
+            all_masks = self._slots.masks(rows, size, masks)
+            placed = self.no_masks(size) if all_masks is None else self._place(all_masks)
+            seats = dataclasses.replace(seats, masks=placed)
         asked = (row.sequence.job.params.logprobs for row in choosing)
         return seats, Options(features, new_tokens, self._logprobs(asked))
 
@@ -260,52 +272,19 @@ class Runner:
         if self._counts is None:
             empty = sampling.Counts.empty(self._slots.size, self.config.text.vocab_size)
             self._counts = self._place(empty)
+        assert self._counts is not None
         return self._counts
 
     def no_masks(self, size: int) -> jax.Array:
         """Masks of ``size`` rows that leave every token."""
         if size not in self._unmasked:
-            self._unmasked[size] = self._place(jnp.asarray(self._slots.masks([], size)))
+            words = -(-self.config.text.vocab_size // 32)
+            every = np.full((size, words), 0xFFFFFFFF, np.uint32)
+            self._unmasked[size] = self._place(every)
         return self._unmasked[size]
 
     def _place(self, tree):
         return jax.device_put(tree, self._everywhere)
-
-    # ---- pictures and prompt logprobs ------------------------------------------------------------
-
-    def _visual(self, parts: Sequence[Part], size: int):
-        if self.features is None:
-            return None
-        visions = [part.row.sequence.job.vision if part.known else None for part in parts]
-        windows = [(part.start, part.start + part.take) for part in parts]
-        shown = []
-        for part, vision, window in zip(parts, visions, windows, strict=True):
-            here = vision is not None and bool((vision.feature_rows(*window) >= 0).any())
-            if here and part.row not in self._seen:
-                self._seen[part.row] = self.features.of(vision.pictures)
-            shown.append(self._seen[part.row] if here else None)
-            if part.known and part.chooses:
-                self._seen.pop(part.row, None)  # that was the last chunk
-        return visual_rows(visions, shown, windows, size)
-
-    def _start_prompt_logprobs(self, flight: Flight, x_TD: jax.Array) -> None:
-        parts = flight.step.parts
-        asking = [part.known and part.row.wants_prompt_logprobs for part in parts]
-        if not any(asking):
-            return
-        prompts = [
-            part.row.sequence.job.prompt if asks else ()
-            for part, asks in zip(parts, asking, strict=True)
-        ]
-        starts, takes = [part.start for part in parts], [part.take for part in parts]
-        most = self._logprobs(
-            part.row.sequence.job.params.prompt_logprobs
-            for part, asks in zip(parts, asking, strict=True)
-            if asks
-        )
-        assert most is not None
-        flight.after = targets(prompts, starts, takes, x_TD.shape[0])
-        flight.prompt = self.run_targets_logprobs(x_TD, flight.after, most)
 
 
 def _start_copy(flight: Flight) -> None:

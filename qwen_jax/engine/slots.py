@@ -5,7 +5,7 @@ table, sent to the device when a row is seated, so that a step names slots and n
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -70,21 +70,24 @@ class Slots:
         """The kind of program that does for all of these rows."""
         return FULL if any(self._features[r.slot] is FULL for r in rows) else PLAIN  # type: ignore
 
-    def masks(self, rows: Sequence[Row | None], size: int) -> np.ndarray:
-        """uint32 [size, ceil(V/32)]: which ids rows may choose; None for a row does not choose."""
+    def masks(
+        self, rows: Sequence[Row | None], size: int, given: Mapping[Row, np.ndarray]
+    ) -> np.ndarray | None:
+        """uint32 [size, ceil(V/32)]: which ids rows may choose; None where all may choose all.
+
+        rows: None for one that does not choose. given: what structured output allows rows.
+        """
+        if not any(row in given or row.slot in self._allowed for row in rows if row is not None):
+            return None
         masks = np.full((size, -(-self._vocab_size // 32)), 0xFFFFFFFF, np.uint32)
         for b, row in enumerate(rows):
             if row is None:
                 continue
-            if row.constraint is not None:
-                row.constraint.mask(masks[b])
+            if row in given:
+                masks[b] = given[row]
             if row.slot in self._allowed:
                 masks[b] &= self._allowed[row.slot]
         return masks
-
-    def asks(self, row: Row) -> bool:
-        """Whether a row has a mask."""
-        return row.constraint is not None or row.slot in self._allowed
 
 
 def penalises(row: Row) -> bool:

@@ -4,6 +4,7 @@ Knows shapes and programs; knows no request. Logprobs of more than a few tokens,
 ids or biases than usual, and the vision tower are not among them: those compile when they come.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -42,7 +43,7 @@ def _forwards(runner: Runner) -> list[Callable]:
     for size in (*shapes.ragged, *((b, b) for b in shapes.rows)):
         fed = feeding.feed([], size, shapes)
         calls.append(lambda fed=fed: runner.run_forward(fed, None))
-        if size in shapes.ragged and runner.features is not None:
+        if size in shapes.ragged and runner.views.store is not None:
             visual = _no_picture(runner, size[0])
             calls.append(lambda fed=fed, visual=visual: runner.run_forward(fed, visual))
         after = np.full(size[0], -1, np.int32)
@@ -63,7 +64,7 @@ def _choices(runner: Runner) -> list[Callable]:
         table = feeding.page_table([], rows, shapes.width)
         for features in (PLAIN, FULL):
             if features is FULL:
-                seats = seats.replace(masks=runner.no_masks(rows))
+                seats = dataclasses.replace(seats, masks=runner.no_masks(rows))
             options = Options(features, MOST_STEPS)
             calls.append(lambda s=seats, t=table, o=options: runner.run_stretch(s, t, 1, o))
             for count in (None, logprobs):
