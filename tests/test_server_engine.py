@@ -28,14 +28,18 @@ def llm():
 
 @pytest.fixture(scope="module")
 def server(llm):
-    with running(llm) as server:
+    with running(llm, request_timeout=600.0) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def client(server):
     with openai.OpenAI(
-        base_url=f"{server.url}/v1", api_key="x", max_retries=0, _strict_response_validation=True
+        base_url=f"{server.url}/v1",
+        api_key="x",
+        max_retries=0,
+        timeout=600,
+        _strict_response_validation=True,
     ) as client:
         yield client
 
@@ -57,7 +61,7 @@ def test_a_completion_scores_as_llm_does(llm, client):
     params = SamplingParams(temperature=0, max_tokens=8, logprobs=2, prompt_logprobs=2)
     (wanted,) = llm.generate("def f(", params, use_tqdm=False)
     body = {"prompt": "def f(", "temperature": 0, "max_tokens": 8, "logprobs": 2, "echo": True}
-    found = httpx.post(f"{client.base_url}completions", json=body).json()["choices"][0]
+    found = httpx.post(f"{client.base_url}completions", json=body, timeout=600).json()["choices"][0]
     assert found["text"] == "def f(" + wanted.outputs[0].text
     own = [
         entry[t].logprob
@@ -72,10 +76,12 @@ def test_a_completion_scores_as_llm_does(llm, client):
 
 def test_seeded_answers_do_not_depend_on_their_neighbours(server):
     body = {"messages": HI, "seed": 7, "n": 2, "max_tokens": 16}
-    alone = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()["choices"]
+    alone = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=600).json()[
+        "choices"
+    ]
 
     async def go():
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:
             posts = [
                 client.post("/v1/chat/completions", json={**body, "seed": seed})
                 for seed in (1, 7, 2, 7, 3)
@@ -138,7 +144,7 @@ def test_forced_calls_on_random_weights(client):
 def test_a_client_that_leaves_gives_its_pages_back(server, llm):
     with httpx.stream(
         "POST", f"{server.url}/v1/chat/completions",
-        json={"messages": HI, "stream": True, "ignore_eos": True},
+        json={"messages": HI, "stream": True, "ignore_eos": True}, timeout=600,
     ) as response:  # fmt: skip
         next(response.iter_lines())
     health = {"load": {"running": 1}}
@@ -172,11 +178,12 @@ def test_pictures_are_seen(tmp_path):
     red = "data:image/png;base64," + base64.b64encode(picture("red")).decode()
     blue = "data:image/png;base64," + base64.b64encode(picture("blue")).decode()
     with (
-        running(llm, media_folder=tmp_path) as server,
+        running(llm, media_folder=tmp_path, request_timeout=600.0) as server,
         openai.OpenAI(
             base_url=f"{server.url}/v1",
             api_key="x",
             max_retries=0,
+            timeout=600,
             _strict_response_validation=True,
         ) as client,
     ):
