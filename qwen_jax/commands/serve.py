@@ -149,6 +149,10 @@ def _warm_up(args: argparse.Namespace, llm: Any) -> None:
         llm.engine.warmup(show)
     from qwen_jax.commands import session
 
+    try:
+        _ = llm.forms.compiler
+    except (ModuleNotFoundError, ValueError) as error:  # said to those who ask for a form, too
+        session.say(args, f"no structured outputs: {error}")
     session.say(args, f"compile: {time.monotonic() - began:.1f} s (--no-warmup: when asked)")
 
 

@@ -25,7 +25,7 @@ from qwen_jax.server.guard import Guard
 from qwen_jax.server.routes import package_version, routes
 from qwen_jax.server.service import Service
 from qwen_jax.server.settings import Settings
-from qwen_jax.server.storage_routes import storage_routes
+from qwen_jax.server.storage_routes import batch_routes, file_routes
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ def make_app(llm: Any, settings: Settings) -> tuple[Service, ASGIApp]:
         files = FileStore(settings.state / "files")
         batches = BatchStore(settings.state / "batches")
         worker = _worker(service, files, batches)
-        app.include_router(storage_routes(service, files, batches, worker, settings.state))
+        app.include_router(file_routes(service, files, batches, settings.state))
+        app.include_router(batch_routes(service, files, batches, worker))
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _fault)

@@ -51,10 +51,8 @@ class BatchRequest(Strict):
         return text
 
 
-def storage_routes(
-    service: Service, files: FileStore, batches: BatchStore, worker: BatchWorker, folder: Any
-) -> APIRouter:
-    """The routes of a server that keeps files."""
+def file_routes(service: Service, files: FileStore, batches: BatchStore, folder: Any) -> APIRouter:
+    """/v1/files; ``folder`` is where the disk must have room."""
     router = APIRouter()
     limit = service.settings.max_upload
 
@@ -98,6 +96,15 @@ def storage_routes(
             raise ApiError(400, f"batch {using[0]} still reads this file: cancel it first")
         await asyncio.to_thread(files.delete, id)
         return json_response({"id": id, "object": "file", "deleted": True})
+
+    return router
+
+
+def batch_routes(
+    service: Service, files: FileStore, batches: BatchStore, worker: BatchWorker
+) -> APIRouter:
+    """/v1/batches."""
+    router = APIRouter()
 
     @router.post("/v1/batches")
     async def create_batch(request: Request) -> Response:
