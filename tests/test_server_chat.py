@@ -204,6 +204,10 @@ def test_a_bad_body_is_told_what_is_wrong(body, param, said):
         assert error["param"] == param
 
 
+def test_half_a_surrogate_pair_comes_back_as_it_was():
+    assert reply(FakeLLM(), request_id="\ud800")["id"] == "chatcmpl-\ud800"
+
+
 def test_an_unknown_model_is_not_found_and_an_alias_is_found():
     response = chat(FakeLLM(), model="gpt-4")
     assert response.status_code == 404

@@ -123,11 +123,16 @@ def test_an_answer_may_come_instead_of_calls():
 )
 def test_a_string_parameter_cannot_hold_what_would_be_read_as_something_else(text):
     tools = [tool("f", {"properties": {"s": {"type": "string"}}, "required": ["s"]})]
-    matcher = compiler().compile(StructuredOutputs(tool_calls=ToolCalls("coder", tools))).matcher()
-    matcher.accept(matcher.forced())
-    ids = tokenizer().encode(text + END, special=False)
+    grammar = compiler().compile(StructuredOutputs(tool_calls=ToolCalls("coder", tools)))
+
+    def write(text):
+        whole = f"\n<function=f>\n<parameter=s>\n{text}{END}</function>\n"
+        ids = tokenizer().encode(whole, special=False)
+        grammar.matcher().accept([tokenizer().id("<tool_call>"), *ids])
+
+    write("nullx <a></function")
     with pytest.raises(ValueError, match="structured output"):
-        matcher.accept(ids)
+        write(text)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +274,14 @@ def test_a_model_may_open_its_reasoning_or_answer_at_once():
     matcher = thinking("auto")
     matcher.accept(ids("y"))
     assert tokenizer().decode(matcher.forced()) == "es"
+
+
+def test_a_form_that_may_be_empty_does_not_end_the_reasoning():
+    grammar = compiler().compile(StructuredOutputs(grammar='start: ""'))
+    matcher = compiler().after_reasoning(grammar, "inside", may_open=True).matcher()
+    assert not matcher.finished
+    matcher.accept(ids("</think>\n\n"))
+    assert matcher.finished
 
 
 @pytest.mark.parametrize(("state", "may_open"), [("off", True), ("auto", False)])
