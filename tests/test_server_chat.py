@@ -9,6 +9,7 @@ from fake_llm import MAX_LEN, FakeLLM
 from serving import events
 
 from qwen_jax.prompt.chat import ChatTemplate
+from qwen_jax.server.errors import encode
 
 
 def test_a_reply_has_openais_form():
@@ -204,8 +205,10 @@ def test_a_bad_body_is_told_what_is_wrong(body, param, said):
         assert error["param"] == param
 
 
-def test_half_a_surrogate_pair_comes_back_as_it_was():
-    assert reply(FakeLLM(), request_id="\ud800")["id"] == "chatcmpl-\ud800"
+def test_half_a_surrogate_pair_can_be_sent():
+    assert encode({"a": "\ud800é"}) == b'{"a":"\\ud800\xc3\xa9"}'
+    assert json.loads(encode({"a": "\ud800"})) == {"a": "\ud800"}
+    assert "messages" not in refused(FakeLLM(), **{"\ud800": 1})
 
 
 def test_an_unknown_model_is_not_found_and_an_alias_is_found():

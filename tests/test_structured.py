@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from structured_samples import VOCAB, allowed, compiler, sample, tokenizer
 
+from qwen_jax.prompt.tokenizer import Tokenizer
 from qwen_jax.requests import SamplingParams
 from qwen_jax.structured.compile import GrammarCompiler
-from qwen_jax.structured.spec import StructuredOutputs
+from qwen_jax.structured.spec import StructuredOutputs, ToolCalls
 
 SCHEMAS = [*json_schemas.HARD, *json_schemas.generated(200 - len(json_schemas.HARD))]
 MANY = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(3000)}}
@@ -212,3 +213,26 @@ def test_without_the_extra_the_error_names_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     with pytest.raises(ModuleNotFoundError, match=r"qwen-jax\[structured\]"):
         GrammarCompiler(tokenizer(), (1,))
+
+
+def test_the_real_vocabulary(shared_data):
+    """151,669 tokens and 267 rows of padding: masks, forced tokens and both formats of calls."""
+    real = Tokenizer.from_dir(shared_data / "tokenizer", padded_size=151936)
+    compiler = GrammarCompiler(real, (151645, 151643))
+    words = np.full((151936 + 31) // 32, 0xFFFFFFFF, np.uint32)
+    matcher = compiler.compile(StructuredOutputs(json_object=True)).matcher()
+    matcher.mask(words)
+    found = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+    assert all(real.token(int(token)).startswith("{") for token in found)
+    assert len(found) > 3
+    tools = [{"type": "function", "function": {"name": "get_weather"}}]
+    for kind, text in (
+        ("hermes", '<tool_call>\n{"name": "get_weather", "arguments": {}}\n</tool_call>'),
+        ("coder", "<tool_call>\n<function=get_weather>\n</function>\n</tool_call>"),
+    ):
+        calls = ToolCalls(kind, tools, many=False)
+        matcher = compiler.compile(StructuredOutputs(tool_calls=calls)).matcher()
+        forced = matcher.forced()
+        assert forced == real.encode(text), "the tokens that a model was trained on"
+        matcher.accept(forced)
+        assert matcher.finished

@@ -276,14 +276,6 @@ def test_a_model_may_open_its_reasoning_or_answer_at_once():
     assert tokenizer().decode(matcher.forced()) == "es"
 
 
-def test_a_form_that_may_be_empty_does_not_end_the_reasoning():
-    grammar = compiler().compile(StructuredOutputs(grammar='start: ""'))
-    matcher = compiler().after_reasoning(grammar, "inside", may_open=True).matcher()
-    assert not matcher.finished
-    matcher.accept(ids("</think>\n\n"))
-    assert matcher.finished
-
-
 @pytest.mark.parametrize(("state", "may_open"), [("off", True), ("auto", False)])
 def test_without_reasoning_the_form_holds_from_the_start(state, may_open):
     assert list(allowed(thinking(state, may_open=may_open))) == ids("y")

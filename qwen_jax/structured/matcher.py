@@ -119,7 +119,7 @@ class AfterReasoning:
 
     @property
     def finished(self) -> bool:
-        return self._state == "answer" and self._inner.finished
+        return self._inner.finished  # which has taken nothing before the answer
 
     def accept(self, tokens: Sequence[int]) -> None:
         for i, token in enumerate(tokens):
