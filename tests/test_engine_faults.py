@@ -193,7 +193,7 @@ listener, _ = engine_client.start(
 begun.wait()
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == "Delta"

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import vision_model
+import vision_samples as samples
 
+from qwen_jax.engine.compile_clock import compile_clock
 from qwen_jax.engine.pictures import FeatureStore, visual_rows
 from qwen_jax.model import vision
 from qwen_jax.prompt import images
@@ -120,6 +122,20 @@ def test_a_chunk_that_ends_inside_an_image_changes_nothing(limit):
         assert generated(llm, [case]) == [GOLDEN[f"greedy/{case}"].tolist()]
 
 
+def test_pages_with_a_picture_are_shared_with_the_same_picture_alone(llm):
+    def ask(seed):
+        picture = samples.noise(96, 160, 3, seed=seed)  # 15 tokens: a page with the one before
+        given = {"prompt": f"{vision_model.IMAGE}hello", "multi_modal_data": {"image": picture}}
+        (result,) = llm.generate(given, GREEDY, use_tqdm=False)
+        return result.metrics.cached_tokens, result.outputs[0].token_ids
+
+    first, other, again = ask(50), ask(51), ask(50)
+    assert (first[0], other[0], again[0]) == (0, 0, 16)
+    assert again[1] == first[1]
+    llm.engine._core._pool.forget(range(llm.engine.stats().pages_total))
+    assert ask(51) == other
+
+
 def test_logits_with_heads_over_two_devices_equal_transformers():
     llm = vision_model.open_llm("vl_moe", mesh="tensor=2")
     case = "image and video"
@@ -212,3 +228,11 @@ def test_wishes_count_for_one_prompt_and_for_all():
     assert llm.inputs.prompt({**request, **wishes}).vision.pictures[0].num_pixels == 15360
     with pytest.raises(ValueError, match="did you mean 'max_pixels'"):
         llm.inputs.prompt({**request, "mm_processor_kwargs": {"max_pixel": 1}})
+
+
+def test_no_picture_of_a_known_size_compiles_anything_after_the_warm_up():
+    llm = vision_model.open_llm("vl_moe")
+    llm.engine.warmup()
+    before = compile_clock().programs
+    assert generated(llm, ["two images"]) == [GOLDEN["greedy/two images"].tolist()]
+    assert compile_clock().programs == before

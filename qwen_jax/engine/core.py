@@ -5,8 +5,8 @@ on one thread.
 """
 
 import collections
+import itertools
 import logging
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -69,7 +69,6 @@ class Core:
         self._logprobs = TokenLogprobs(tokenizer)
         self._requests: dict[Request, None] = {}
         self._flights: collections.deque[Flight] = collections.deque()
-        self._waited = 0.0
 
     # ---- requests --------------------------------------------------------------------------------
 
@@ -143,7 +142,10 @@ class Core:
 
     def turn(self) -> None:
         """Plans and starts a step, then takes the tokens of the one before."""
-        began, self._waited = self._clock.now(), 0.0
+        with self._clock.turn():
+            self._turn()
+
+    def _turn(self) -> None:
         step = None
         try:
             self._revive()
@@ -154,7 +156,6 @@ class Core:
                 self._land()
         except StepFailed as failure:
             self._recover(failure, step)
-        self._clock.worked(*began, self._waited)
 
     def _start(self, step: Step) -> None:
         if not self._flights:
@@ -197,13 +198,10 @@ class Core:
     def _land(self) -> None:
         """Waits for the first step on its way, and hands out what it brought."""
         flight = self._flights[0]
-        began = time.perf_counter()
-        on_device(flight.land)
-        self._waited += time.perf_counter() - began
+        with self._clock.wait():
+            on_device(flight.land)
         self._flights.popleft()
-        passes = 1
-        if flight.step.steps:
-            passes = int(flight.made.count.max())  # type: ignore[union-attr]
+        passes = int(flight.made.count.max()) if flight.step.steps and flight.made else 1
         seconds = self._clock.landed(flight.step, passes)
         if seconds is not None:
             self._scheduler.step_seconds = seconds
@@ -234,7 +232,9 @@ class Core:
         except Exception as error:
             self._fail_form(request, error)
             return
-        self._count(row, before)
+        if len(row.sequence.token_ids) > before:
+            first = request.got_token()
+            self.totals.count(row.sequence, before, first_of_request=first)
         if delta is not None:
             self._send(request, delta)
         if request not in self._requests:  # its sink has failed
@@ -246,16 +246,6 @@ class Core:
         if request.done:
             del self._requests[request]
             self._send(request, request.finish())
-
-    def _count(self, row: Row, before: int) -> None:
-        """Counts the tokens that a row has got since it had ``before``."""
-        got, totals = len(row.sequence.token_ids) - before, self.totals
-        if not got:
-            return
-        if row.request.got_token():
-            totals.prompt_tokens += len(row.sequence.job.prompt)
-        totals.generated_tokens += got
-        totals.decode_tokens += got - (before == 0)
 
     # ---- pages and errors ------------------------------------------------------------------------
 
@@ -269,7 +259,8 @@ class Core:
         """Makes the cache larger, by doubling, to what rows will soon want; False if it may not."""
         if wanted > self._max_pages or self._pool.num_pages >= self._max_pages:
             return False
-        rows = [*self._scheduler.running, *self._scheduler.waiting][: self._max_rows]
+        rows = itertools.chain(self._scheduler.running, self._scheduler.waiting)
+        rows = itertools.islice(rows, self._max_rows)
         tokens = (len(r.tokens) + min(r.left, _AHEAD) for r in rows)
         wanted = max(wanted, sum(-(-n // self._page_size) for n in tokens))
         size = self._pool.num_pages
@@ -297,9 +288,8 @@ class Core:
         rows = [*failure.rows, *(part.row for each in steps for part in each.parts)]
         self._flights.clear()
         for request in dict.fromkeys(row.request for row in rows):
-            cause = failure.__cause__
-            error = DeviceError(f"{request.name}: the device has failed: {cause!r}")
-            error.__cause__ = cause
+            error = DeviceError(f"{request.name}: the device has failed: {failure.__cause__!r}")
+            error.__cause__ = failure.__cause__
             self.fail(request, error, spoiled=True)
         self._start_anew()
 

@@ -19,6 +19,7 @@ from qwen_jax.engine.constraint import Factory
 from qwen_jax.engine.core import Core
 from qwen_jax.engine.driver import Driver
 from qwen_jax.engine.events import QueueFull
+from qwen_jax.engine.faults import StepFailed
 from qwen_jax.engine.pictures import FeatureStore
 from qwen_jax.engine.request import Defaults, Request, Sink
 from qwen_jax.engine.runner import Runner
@@ -195,6 +196,8 @@ class Engine:
                 self._driver.check_open()
                 self._core.resize()
                 warm_up(self.runner, progress)
+            except StepFailed as failure:
+                done.set_exception(failure.__cause__)
             except BaseException as error:
                 done.set_exception(error)
             else:
@@ -229,5 +232,7 @@ class Engine:
         self._queued.append(request)
 
     def _cancel(self, request: Request) -> None:
+        if request.done:
+            return
         with self._driver.lock:
             self._driver.post(lambda: self._core.cancel(request))

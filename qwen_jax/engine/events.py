@@ -12,7 +12,7 @@ class Delta:
     Attributes:
         index: which of them.
         text: new text; it may lag behind the tokens, while a stop string or a character is open.
-        token_ids: at least one.
+        token_ids: none where structured output is at its end without another.
         logprobs: of each token, where they were asked for.
         finish_reason, stop_reason: with the last delta of the sequence; None before.
     """

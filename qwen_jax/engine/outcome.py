@@ -75,7 +75,8 @@ def advance(row: Row, new: list[int], entries: list[Entry] | None) -> Delta | No
     text = _push(row, new, entries)
     constraint = row.constraint
     if constraint is not None and not row.done:
-        constraint.accept(new)
+        if new:
+            constraint.accept(new)
         text += _push_forced(row)
         if constraint.finished and not row.done:
             text += sequence.end("stop")

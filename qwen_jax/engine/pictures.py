@@ -121,11 +121,26 @@ class FeatureStore:
         if batch:
             yield batch
 
-    def _encode(self, batch: list[Picture]) -> list[Features]:
+    @property
+    def shapes(self) -> list[int]:
+        """Numbers of patches that images are encoded with; only long videos need more."""
+        return [size for size in self._runtime.buckets.patches if size <= _BATCH_PATCHES]
+
+    def warm_up(self, num_patches: int) -> None:
+        """Compiles the tower for images of so many patches, one of `shapes`."""
+        sizes, merge = self._config.sizes, self._config.spatial_merge_size
+        patch = sizes["C"] * sizes["Z"] * sizes["Y"] * sizes["X"]
+        black = np.zeros((merge**2, patch), np.uint8)
+        one = Picture("image", black, (1, merge, merge), merge, 0, (), "", "the warm-up")
+        self._encode([one], num_patches)
+
+    def _encode(self, batch: list[Picture], num_patches: int = 0) -> list[Features]:
+        """The features of each picture, computed with at least ``num_patches`` patches."""
         buckets = self._runtime.buckets
+        used = sum(len(x.patches) for x in batch)
         packed = images.pack(
             batch,
-            num_patches=buckets.pick("patches", sum(len(x.patches) for x in batch)),
+            num_patches=buckets.pick("patches", max(used, num_patches)),
             num_segments=buckets.pick("segments", sum(x.grid[0] for x in batch)),
             side=round(self._config.num_position_embeddings**0.5),
         )

@@ -15,6 +15,7 @@ is computed again, which changes none of its tokens.
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 from qwen_jax.engine.pages import PagePool
@@ -24,6 +25,7 @@ MOST_STEPS = 64  # of a stretch: the size of the output buffers
 _STOP_STEPS = 16  # where a stop string may end a row earlier
 _CROWDED_STEPS = 8  # where somebody waits for a row to end
 _ROUND_TRIP = 0.03  # seconds of a stretch, about: how late a new request or a stop is seen
+_LOOK = 1024  # waiting rows that are looked at, of maybe millions: those of one request, at least
 _SLOW_START = 4  # a row's first tokens come one by one, then a quarter of what it has at once
 
 
@@ -61,7 +63,7 @@ class Step:
     @property
     def constrained(self) -> bool:
         """Whether a row's mask is needed before it chooses."""
-        return any(part.chooses and part.row.constraint for part in self.parts)
+        return any(part.chooses and part.row.constraint is not None for part in self.parts)
 
 
 class Scheduler:
@@ -155,7 +157,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Seats rows while there are slots, pages, and room in the next step."""
         backlog = sum(len(r.tokens) - r.computed for r in self.running if not r.on_device)
-        for row in list(self.waiting):
+        for row in list(itertools.islice(self.waiting, _LOOK if self._slots else 0)):
             if not self._slots or backlog >= self._max_tokens:
                 return
             if not row.ready:

@@ -1,6 +1,8 @@
 """Shares the time out between prompts, decoding, compiling and the host. Knows steps and clocks."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 from qwen_jax.engine.compile_clock import compile_clock
 from qwen_jax.engine.scheduler import Step
@@ -12,11 +14,11 @@ class StepClock:
 
     def __init__(self, totals: Totals):
         self._totals, self._clock = totals, compile_clock()
-        self._since, self._compiled = self.now()
+        self._since, self._compiled = self._now()
 
     def starts(self) -> None:
         """A step goes to a device that has nothing to do."""
-        self._since, self._compiled = self.now()
+        self._since, self._compiled = self._now()
 
     def landed(self, step: Step, steps: int) -> float | None:
         """A step has come back, after ``steps`` forward passes.
@@ -24,7 +26,7 @@ class StepClock:
         Returns:
             Seconds per pass, for a step that only decoded and during which nothing was compiled.
         """
-        totals, (now, compiled) = self._totals, self.now()
+        totals, (now, compiled) = self._totals, self._now()
         compiling = compiled - self._compiled
         seconds = max(now - self._since - compiling, 0.0)
         self._since, self._compiled = now, compiled
@@ -37,12 +39,23 @@ class StepClock:
         totals.steps += steps
         return None if known or compiling or not steps else seconds / steps
 
-    def worked(self, began: float, compiled: float, waited: float) -> None:
-        """The host has done a turn that began at a `now`, and waited for the device in it."""
-        now, compiled_now = self.now()
-        self._totals.wait_time += waited
-        self._totals.host_time += max(now - began - waited - (compiled_now - compiled), 0.0)
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Counts what the thread works inside; a turn in which something was compiled is left out.
 
-    def now(self) -> tuple[float, float]:
-        """The time, and how much of it so far was compiling."""
+        In time of the processor, so that others on the machine do not count.
+        """
+        worked, compiled = time.thread_time(), self._clock.seconds
+        yield
+        if self._clock.seconds == compiled:
+            self._totals.host_time += time.thread_time() - worked
+
+    @contextlib.contextmanager
+    def wait(self) -> Iterator[None]:
+        """Counts the time inside as waiting for the device."""
+        began = time.perf_counter()
+        yield
+        self._totals.wait_time += time.perf_counter() - began
+
+    def _now(self) -> tuple[float, float]:
         return time.perf_counter(), self._clock.seconds

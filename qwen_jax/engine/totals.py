@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from qwen_jax.engine.sequence import Sequence
+
 
 @dataclasses.dataclass
 class Totals:
@@ -14,7 +16,8 @@ class Totals:
         decode_time: of the device, for the others; a mixed step is shared out by its tokens.
         compile_time: tracing and compiling.
         steps: forward passes.
-        host_time: the engine's own work: planning, feeding the device, taking tokens to text.
+        host_time: processor time of the engine's thread: planning, feeding the device, making text
+            of tokens.
         wait_time: the engine had nothing to do until the device was done.
     """
 
@@ -27,6 +30,14 @@ class Totals:
     steps: int = 0
     host_time: float = 0.0
     wait_time: float = 0.0
+
+    def count(self, sequence: Sequence, before: int, *, first_of_request: bool) -> None:
+        """Counts the tokens that a sequence has got since it had ``before``."""
+        got = len(sequence.token_ids) - before
+        if first_of_request:
+            self.prompt_tokens += len(sequence.job.prompt)
+        self.generated_tokens += got
+        self.decode_tokens += got - (before == 0)
 
     def __sub__(self, earlier: "Totals") -> "Totals":
         names = [f.name for f in dataclasses.fields(self)]
