@@ -10,8 +10,7 @@ import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qwen_jax.structured.matcher import Grammar
-from qwen_jax.structured.spec import StructuredOutputs
+from qwen_jax.structured.spec import Grammar, StructuredOutputs
 
 if TYPE_CHECKING:
     from qwen_jax.prompt.vision_prompt import VisionPrompt

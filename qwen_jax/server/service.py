@@ -21,8 +21,7 @@ from qwen_jax.server.fetch import Fetcher
 from qwen_jax.server.media import MediaSource
 from qwen_jax.server.metrics import Metrics
 from qwen_jax.server.settings import Settings
-from qwen_jax.structured.matcher import Grammar
-from qwen_jax.structured.spec import StructuredOutputs
+from qwen_jax.structured.spec import Grammar, StructuredOutputs
 
 Result = TypeVar("Result")
 _WORKERS, _COMPILERS = 4, 2  # threads for prompts and pictures, and for grammars

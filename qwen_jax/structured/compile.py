@@ -13,13 +13,12 @@ import numpy as np
 from qwen_jax.prompt.parsing import Reasoning
 from qwen_jax.prompt.tokenizer import Tokenizer
 from qwen_jax.structured.matcher import (
-    Grammar,
     Thinking,
     after_reasoning,
     first_line,
     from_state,
 )
-from qwen_jax.structured.spec import StructuredOutputs, read_schema
+from qwen_jax.structured.spec import Grammar, StructuredOutputs, read_schema
 from qwen_jax.structured.tool_calls import CallIds, calls_grammar, parameters_of
 
 # Between the parts of JSON. llguidance's own default has no bound, and a small model may go on with

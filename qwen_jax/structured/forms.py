@@ -12,8 +12,7 @@ from qwen_jax.prompt.chat import ChatTemplate
 from qwen_jax.prompt.tokenizer import Tokenizer
 from qwen_jax.requests import Prompt, SamplingParams
 from qwen_jax.structured.compile import GrammarCompiler
-from qwen_jax.structured.matcher import Grammar, Matcher
-from qwen_jax.structured.spec import StructuredOutputs
+from qwen_jax.structured.spec import Grammar, Matcher, StructuredOutputs
 
 _ASSISTANT = "<|im_start|>assistant"
 

@@ -1,44 +1,17 @@
 """A grammar in use: which tokens may come next in one text.
 
-Knows packed masks and the state of one text. Does not know logits, rows or requests: the engine
-calls `Matcher`, which has the four members of its protocol `Constraint`.
+Knows packed masks and the state of one text. Does not know logits, rows or requests.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 
+from qwen_jax.structured.spec import Grammar, Matcher
+
 Mask = np.ndarray
-
-
-class Matcher(Protocol):
-    """The state of one text. A mask is uint32 [ceil(V / 32)], bit i % 32 of word i // 32."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether the text is complete, so that nothing but an end of text could follow."""
-        ...
-
-    def accept(self, tokens: Sequence[int]) -> None:
-        """Takes tokens that the text got. Raises ValueError for what the grammar does not allow."""
-        ...
-
-    def mask(self, out: Mask) -> None:
-        """Writes the tokens that may follow, over all of ``out``."""
-        ...
-
-    def forced(self) -> list[int]:
-        """Tokens that must follow, often none; they are not accepted by this."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Grammar:
-    """A compiled wish: `matcher` starts a text under it."""
-
-    matcher: Callable[[], Matcher]
 
 
 class GrammarMatcher:

@@ -1,10 +1,17 @@
-"""What a caller asks of the form of an output. Knows names and limits; knows no tokenizer."""
+"""What a caller asks of the form of an output, and what it becomes.
+
+Knows names and limits; knows no tokenizer. The engine calls `Matcher`, which has the members of its
+protocol `Constraint`.
+"""
 
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object", "tool_calls")
 
@@ -92,6 +99,34 @@ class StructuredOutputs:
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
                 raise ValueError(f"unknown key {name!r} in structured_outputs; {hint}")
         return cls(**options)
+
+
+class Matcher(Protocol):
+    """The state of one text. A mask is uint32 [ceil(V / 32)], bit i % 32 of word i // 32."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the text is complete, so that nothing but an end of text could follow."""
+        ...
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """Takes tokens that the text got. Raises ValueError for what the grammar does not allow."""
+        ...
+
+    def mask(self, out: "np.ndarray") -> None:
+        """Writes the tokens that may follow, over all of ``out``."""
+        ...
+
+    def forced(self) -> list[int]:
+        """Tokens that must follow, often none; they are not accepted by this."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Grammar:
+    """A compiled wish: `matcher` starts a text under it."""
+
+    matcher: Callable[[], Matcher]
 
 
 def read_schema(schema: Any, name: str) -> Mapping[str, Any] | bool:
