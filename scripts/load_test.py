@@ -108,7 +108,7 @@ async def _run(args: argparse.Namespace, clients: int) -> list[Outcome]:
     async with httpx.AsyncClient(
         base_url=args.url, headers=headers, timeout=args.timeout, limits=limits
     ) as client:
-        model = args.model or (await client.get("/v1/models")).json()["data"][0]["id"]
+        model = args.model or await _first_model(client)
         left = iter(range(args.requests))
         outcomes: list[Outcome] = []
 
@@ -118,6 +118,14 @@ async def _run(args: argparse.Namespace, clients: int) -> list[Outcome]:
 
         await asyncio.gather(*(ask_until_done() for _ in range(clients)))
     return outcomes
+
+
+async def _first_model(client: httpx.AsyncClient) -> str:
+    try:
+        response = await client.get("/v1/models")
+        return response.raise_for_status().json()["data"][0]["id"]
+    except httpx.HTTPError as error:
+        raise SystemExit(f"{client.base_url}v1/models: {error}") from None
 
 
 def _body(args: argparse.Namespace, model: str, number: int) -> dict:
