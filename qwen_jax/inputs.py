@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 Messages = Sequence[Mapping[str, Any]]
 
+_HOPELESS = 8  # characters per token; text has about four
 _MM_OPTION = "mm_processor_kwargs"
 
 
@@ -64,6 +65,7 @@ class Inputs:
         check_prompt_keys(given)
         text, ids = given.get("prompt"), given.get("prompt_token_ids")
         if text is not None:
+            self._check_texts([text], name)
             parts: list[Any] = self.needs_tokenizer(name).split(text)
         else:
             parts = _checked_ids(ids, name, self._vocab_size)
@@ -86,6 +88,7 @@ class Inputs:
         tokenizer, template = self.needs_tokenizer("chat"), self._template
         if template is None:
             raise ValueError("chat needs a chat template; this checkpoint has none: use generate")
+        self._check_texts(_texts(messages), "messages")
         bare, media = take_media(messages) if isinstance(messages, Sequence) else (messages, [])
         self._pictures.check_can_see(media)
         parts = chat_parts(tokenizer, template, bare, **options)
@@ -152,6 +155,19 @@ class Inputs:
         self._check_length(ids, name)
         return Prompt(tuple(ids), text, vision=vision)
 
+    def _check_texts(self, texts: Iterable[Any], name: str) -> None:
+        """Refuses what is hopelessly long by its beginning, before all of it is worked on."""
+        first = _HOPELESS * self._max_model_len
+        for text in texts:
+            if self._tokenizer is None or not isinstance(text, str) or len(text) <= first:
+                continue
+            # Where a text is cut, a token or two may be others: hardly more than that.
+            if len(self._tokenizer.encode(text[:first], special=False)) > self._max_model_len + 8:
+                raise ValueError(
+                    f"{name} has {len(text):,} characters, far more than max_model_len="
+                    f"{self._max_model_len:,} tokens hold: shorten it"
+                )
+
     def _check_length(self, ids: Sequence[int], name: str) -> None:
         limit = self._max_model_len
         if len(ids) >= limit:
@@ -161,6 +177,14 @@ class Inputs:
                 f"{name} has {len(ids):,} tokens, max_model_len is {limit:,}: {more}shorten it "
                 "(one position is needed for the answer)"
             )
+
+
+def _texts(messages: Any) -> Iterable[Any]:
+    """Texts of a conversation, which has not been checked yet."""
+    for message in messages if isinstance(messages, Sequence) else ():
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for part in content if isinstance(content, list) else [content]:
+            yield part.get("text") if isinstance(part, Mapping) else part
 
 
 def _checked_ids(ids: Any, name: str, vocab_size: int) -> list[int]:

@@ -26,6 +26,7 @@ from qwen_jax.requests import Prompt, PromptLike, SamplingParams, as_prompts, pa
 from qwen_jax.results import RequestOutput, StreamEvent
 from qwen_jax.runtime import Runtime
 from qwen_jax.sharding import Rules
+from qwen_jax.structured.forms import Forms, matchers
 from qwen_jax.weights import checkpoint
 
 log = logging.getLogger(__name__)
@@ -134,18 +135,16 @@ class LLM:
             max_model_len=self.max_model_len,
             most_tokens=min(self.plan.kv_tokens, self.plan.model_limit),
         )
+        ends = eos_ids(self.config, self.generation_config)
+        self.forms = Forms(self.tokenizer, self.template, ends)
         self.engine = Engine(
             self.params,
             self.config,
             self.runtime,
-            Defaults(
-                self.tokenizer,
-                eos_ids(self.config, self.generation_config),
-                self.max_model_len,
-                seed,
-            ),
+            Defaults(self.tokenizer, ends, self.max_model_len, seed),
             Limits(max_num_seqs, chunk, self.plan.pages),
             features=FeatureStore.make(self.params, self.config, self.runtime, rules),
+            constraints=matchers,
         )
 
     # ---- what users call ---------------------------------------------------------------------
@@ -169,9 +168,7 @@ class LLM:
             ValueError: an empty, too long or impossible prompt; it names which.
         """
         ready = [self.inputs.prompt(p, f"prompt {i}") for i, p in enumerate(as_prompts(prompts))]
-        return offline.run(
-            self.engine, ready, self._params_for(params, len(ready)), use_tqdm=use_tqdm
-        )
+        return offline.run(self.engine, ready, self._params_for(params, ready), use_tqdm=use_tqdm)
 
     def chat(
         self,
@@ -197,7 +194,7 @@ class LLM:
         }
         prompts = [self.inputs.chat(c, options, mm_processor_kwargs) for c in conversations]
         results = offline.run(
-            self.engine, prompts, self._params_for(params, len(prompts)), use_tqdm=use_tqdm
+            self.engine, prompts, self._params_for(params, prompts), use_tqdm=use_tqdm
         )
         for prompt, result in zip(prompts, results, strict=True):
             for output in result.outputs:
@@ -231,7 +228,9 @@ class LLM:
         prompt = self.fill_prompt(
             prefix, suffix, path=path, repo=repo, files=files, chat_wrapped=chat_wrapped
         )
-        return offline.run(self.engine, [prompt], self._params_for(params, 1), use_tqdm=use_tqdm)
+        return offline.run(
+            self.engine, [prompt], self._params_for(params, [prompt]), use_tqdm=use_tqdm
+        )
 
     def fill_prompt(
         self,
@@ -265,7 +264,7 @@ class LLM:
             options = {"tools": tools, **(chat_template_kwargs or {})}
             prompt = self.inputs.chat(prompt_or_messages, options, mm_processor_kwargs)
             parser = self.inputs.parser(prompt, tools)
-        (given,) = self._params_for(params, 1)
+        (given,) = self._params_for(params, [prompt])
         for text, result in offline.stream(self.engine, prompt, given):
             deltas = parser.push(text) if parser else []
             if result is not None and parser is not None:
@@ -284,13 +283,14 @@ class LLM:
         return self.engine.totals
 
     def _params_for(
-        self, params: SamplingParams | Seq[SamplingParams] | None, count: int
+        self, params: SamplingParams | Seq[SamplingParams] | None, prompts: Seq[Prompt]
     ) -> list[SamplingParams]:
         if params is None:
             params = self.get_default_sampling_params()
-        return params_for_each(
+        each = params_for_each(
             params,
-            count,
+            len(prompts),
             vocab_size=self.config.text.vocab_size,
             has_tokenizer=self.tokenizer is not None,
         )
+        return [self.forms.compiled(own, prompt) for own, prompt in zip(each, prompts, strict=True)]

@@ -10,6 +10,8 @@ import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qwen_jax.structured.spec import Grammar, StructuredOutputs
+
 if TYPE_CHECKING:
     from qwen_jax.prompt.vision_prompt import VisionPrompt
 
@@ -33,7 +35,8 @@ class SamplingParams:
         logprobs, prompt_logprobs: how many best tokens to report; -1 the whole vocabulary.
         logit_bias: token id -> added to its logit.
         allowed_token_ids: the only ids that may be chosen.
-        structured_outputs: reserved for constrained decoding.
+        structured_outputs: the form the text must have: a `StructuredOutputs`, a mapping with its
+            names, or a `Grammar` that was compiled before.
         skip_special_tokens: leave special tokens out of the text.
         include_stop_str_in_output: keep the stop string (or token) in the text.
     """
@@ -56,7 +59,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
-    structured_outputs: Any = None
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | Grammar | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
@@ -91,9 +94,9 @@ class SamplingParams:
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
         if self.structured_outputs is not None:
-            raise ValueError(
-                "structured_outputs is not supported yet: leave it out and check the output"
-            )
+            object.__setattr__(self, "structured_outputs", _form(self.structured_outputs))
+            if self.allowed_token_ids is not None:
+                raise ValueError("structured_outputs and allowed_token_ids exclude each other")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -171,6 +174,14 @@ def _logit_bias(bias: Any) -> dict[int, float]:
         ):
             raise ValueError(f"logit_bias of token {token!r} is {value!r}, not a finite number")
     return dict(zip(_token_ids(bias.keys(), "logit_bias"), bias.values(), strict=True))
+
+
+def _form(wish: Any) -> StructuredOutputs | Grammar:
+    if isinstance(wish, StructuredOutputs | Grammar):
+        return wish
+    if isinstance(wish, Mapping):
+        return StructuredOutputs.from_mapping(wish)
+    raise ValueError(f"structured_outputs={wish!r:.80} is not a mapping such as {{'regex': …}}")
 
 
 _IDS = ("stop_token_ids", "allowed_token_ids")

@@ -1,6 +1,6 @@
 """The engine's throughput at several numbers of requests at once, and what its host costs.
 
-    python scripts/bench_engine.py                      # a random 229 M MoE, on this machine
+    python scripts/bench_engine.py                      # a random 200 M model, on this machine
     python scripts/bench_engine.py --model Qwen/Qwen3-0.6B --concurrency 1 8 --new-tokens 128 --json
 
 For each number, so many requests of random tokens begin together; a round that compiles, then
@@ -23,21 +23,11 @@ import numpy as np
 import qwen_jax as qj
 from qwen_jax.sampling import RowSettings
 
-RANDOM_MOE = {  # that of bench_cpu.py, as config.json
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
+_BOTH = {
     "hidden_size": 1024,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 4,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
     "head_dim": 64,
-    "num_experts": 64,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 256,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
     "vocab_size": 8192,
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
@@ -47,6 +37,28 @@ RANDOM_MOE = {  # that of bench_cpu.py, as config.json
     "attention_bias": False,
     "eos_token_id": 0,
     "torch_dtype": "float32",
+}
+RANDOM = {  # config.json
+    "moe": _BOTH  # that of bench_cpu.py
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 256,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "dense": _BOTH
+    | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "intermediate_size": 4096,
+        "num_hidden_layers": 12,
+    },
 }
 
 
@@ -60,7 +72,7 @@ def open_llm(args: argparse.Namespace) -> qj.LLM:
     if args.model:
         return qj.LLM(args.model, load_format=args.load_format, **options)
     with tempfile.TemporaryDirectory() as directory:
-        pathlib.Path(directory, "config.json").write_text(json.dumps(RANDOM_MOE))
+        pathlib.Path(directory, "config.json").write_text(json.dumps(RANDOM[args.random]))
         return qj.LLM(directory, load_format="dummy", **options)
 
 
@@ -116,7 +128,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="default: a random mixture of experts, 229 M parameters")
+    parser.add_argument("--model", help="default: a random one")
+    parser.add_argument(
+        "--random",
+        choices=RANDOM,
+        default="dense",
+        help="dense (200 M parameters: every row shares all weights), or moe (229 M: 16 rows read "
+        "4.4 times the weights that one does)",
+    )
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64])

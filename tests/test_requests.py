@@ -41,7 +41,7 @@ from qwen_jax.requests import Prompt, SamplingParams, as_prompts, check_prompt_k
         ({"logit_bias": {"5": 1.0}}, "logit_bias: token id '5' is not an integer"),
         ({"logit_bias": {5: float("inf")}}, "logit_bias of token 5 is inf"),
         ({"logit_bias": {5: "1"}}, "logit_bias of token 5 is '1'"),
-        ({"structured_outputs": {"json": {}}}, "structured_outputs is not supported yet"),
+        ({"structured_outputs": {"jsn": {}}}, "unknown key 'jsn' in structured_outputs"),
     ],
 )
 def test_what_is_out_of_range_is_named_with_its_range(option, message):

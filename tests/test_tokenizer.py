@@ -200,3 +200,15 @@ def test_a_vocabulary_that_makes_a_special_token_of_plain_text_is_refused(tmp_pa
     native.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="plain text encodes to the special token 'the'"):
         Tokenizer.from_dir(tmp_path).encode("the", special=False)
+
+
+def test_a_long_text_is_encoded_like_a_short_one():
+    text = "hello, the world 12\n\n é" * 2000
+    assert small().encode(text) == native().encode(text, add_special_tokens=False).ids
+
+
+def test_blanks_without_end_are_refused():
+    # The regex engine of the tokenizers library panics at some ten million.
+    with pytest.raises(ValueError, match="1,000,000 white-space characters"):
+        small().encode("a" + " \n" * 500_000 + "b")
+    assert small().encode(" " * 20_000 + "a")

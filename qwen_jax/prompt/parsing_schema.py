@@ -44,7 +44,7 @@ class ToolSchemas:
             return text
         if isinstance(schema.get("type"), str):
             return _as_type(schema["type"].strip().lower(), text)
-        return _as_inferred(list(_alternatives(schema, root, set())), text)
+        return _as_inferred(list(alternatives(schema, root, set())), text)
 
 
 def to_json(value: Any) -> str:
@@ -99,9 +99,7 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
 
 
-def _alternatives(
-    schema: Any, root: Mapping[str, Any], seen: set[str]
-) -> Iterator[tuple[str, Any]]:
+def alternatives(schema: Any, root: Mapping[str, Any], seen: set[str]) -> Iterator[tuple[str, Any]]:
     """("type", name) and ("value", one allowed value) for everything a schema without a single
     `type` allows, in order. Each $ref is followed once (`seen`): it may lead back to itself."""
     if not isinstance(schema, Mapping):
@@ -119,7 +117,7 @@ def _alternatives(
     elif isinstance(schema.get("$ref"), str):
         if schema["$ref"] not in seen:
             seen.add(schema["$ref"])
-            yield from _alternatives(_resolve(schema["$ref"], root), root, seen)
+            yield from alternatives(resolve(schema["$ref"], root), root, seen)
     elif "properties" in schema or "additionalProperties" in schema:
         yield "type", "object"
     elif "items" in schema or "prefixItems" in schema:
@@ -127,10 +125,10 @@ def _alternatives(
     for key in ("anyOf", "oneOf", "allOf"):
         branches = schema.get(key)
         for branch in branches if isinstance(branches, list) else ():
-            yield from _alternatives(branch, root, seen)
+            yield from alternatives(branch, root, seen)
 
 
-def _resolve(ref: str, root: Mapping[str, Any]) -> Any:
+def resolve(ref: str, root: Mapping[str, Any]) -> Any:
     """What a local JSON pointer ("#/$defs/Point") points at in the parameters' schema, or None."""
     if not ref.startswith("#"):
         return None

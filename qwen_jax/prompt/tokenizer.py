@@ -56,6 +56,11 @@ class Tokenizer:
         return len(self._bytes)
 
     @property
+    def drops_first_space(self) -> bool:
+        """Whether the first token of a text reads differently: without the space it begins with."""
+        return self._vocabulary.drops_first_space
+
+    @property
     def added(self) -> dict[str, int]:
         """Text of every added token -> id (a copy)."""
         return dict(self._vocabulary.added)
@@ -118,6 +123,10 @@ class Tokenizer:
     def token(self, id: int) -> str:
         """The text of one token, special or not; "" for an id that belongs to no token."""
         return (self._bytes_at(id) or b"").decode(errors=self._errors)
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes of one token, which may be part of a character; b"" for no token's id."""
+        return self._bytes_at(id) or b""
 
     def id(self, token: str) -> int | None:
         """The id of an added token, or of the token whose text this is; None if there is none."""

@@ -6,6 +6,7 @@ Knows file names and formats. Does not know prompts, templates or which tokens m
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,9 @@ QWEN_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+_LONG = 10_000  # characters: some milliseconds
+_BLANKS = 1_000_000
+_MANY_BLANKS = re.compile(rf"\s{{{_BLANKS}}}")
 _SP_UNKNOWN, _SP_CONTROL, _SP_USER, _SP_BYTE = 2, 3, 4, 6  # sentencepiece_model.proto, Piece.Type
 _SP_UNKNOWN_TEXT = " \N{DOUBLE QUESTION MARK} ".encode()
 
@@ -84,6 +88,16 @@ def _from_tokenizer_json(path: pathlib.Path, config: dict[str, Any]) -> Vocabula
             )
     specials = {content: (id, token.special) for content, (id, token) in added.items()}
     return _byte_level(path, tokenizer, {**_config_tokens(path, config), **specials})
+
+
+def _encode(plain: tokenizers.Tokenizer, text: str) -> list[int]:
+    if len(text) < _LONG:
+        return plain.encode(text, add_special_tokens=False).ids
+    if len(text) >= _BLANKS and _MANY_BLANKS.search(text):
+        # The regex engine behind it gives up, by a panic, at some ten million.
+        raise ValueError(f"text has more than {_BLANKS:,} white-space characters in a row")
+    # A batch, even of one, is encoded without holding up Python's other threads.
+    return plain.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
 def _from_vocab_and_merges(directory: pathlib.Path, config: dict[str, Any]) -> Vocabulary:
@@ -157,7 +171,7 @@ def _byte_level(
         token_bytes=[pieces.get(id) for id in range(max(pieces, default=-1) + 1)],
         added={content: id for content, (id, _) in added.items()},
         special_ids=frozenset(id for id, special in added.values() if special),
-        encode_plain=lambda text, at_start: plain.encode(text, add_special_tokens=False).ids,
+        encode_plain=lambda text, at_start: _encode(plain, text),
     )
 
 

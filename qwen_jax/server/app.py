@@ -1,0 +1,128 @@
+"""The application, put together: routes, errors, keys, and what happens at the start and the end.
+
+service, app = make_app(llm, Settings(model_names=("m",)))
+Server(uvicorn.Config(app, …), service).run()
+"""
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from qwen_jax.server import durable
+from qwen_jax.server.answers import KINDS, answer, json_response
+from qwen_jax.server.batch_worker import BatchWorker
+from qwen_jax.server.batches import BatchStore
+from qwen_jax.server.errors import ApiError
+from qwen_jax.server.files import FileStore
+from qwen_jax.server.guard import Guard
+from qwen_jax.server.routes import package_version, routes
+from qwen_jax.server.service import Service
+from qwen_jax.server.settings import Settings
+from qwen_jax.server.storage_routes import batch_routes, file_routes
+
+log = logging.getLogger(__name__)
+
+
+def make_app(llm: Any, settings: Settings) -> tuple[Service, ASGIApp]:
+    """A server for a model, whose engine runs already.
+
+    Raises:
+        ValueError: the directory for files and batches is in use.
+    """
+    service = Service(llm, settings)
+    worker = None
+    app = FastAPI(
+        title="qwen-jax",
+        version=package_version(),
+        lifespan=lambda _: _lifespan(service, worker),
+        openapi_url=None,  # OpenAI's own description of its API is the one that holds
+    )
+    app.include_router(routes(service))
+    if settings.state is not None:
+        service.ends.callback(durable.lock(settings.state).close)
+        files = FileStore(settings.state / "files")
+        batches = BatchStore(settings.state / "batches")
+        worker = _worker(service, files, batches)
+        app.include_router(file_routes(service, files, batches, settings.state))
+        app.include_router(batch_routes(service, files, batches, worker))
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _fault)
+    guarded = Guard(
+        app,
+        api_keys=settings.api_keys,
+        draining=lambda: service.draining,
+        answered=service.metrics.answered,
+    )
+    return service, guarded
+
+
+def _worker(service: Service, files: FileStore, batches: BatchStore) -> BatchWorker:
+    async def answer_one(endpoint: str, body: Any) -> dict[str, Any]:
+        try:
+            return await answer(service, KINDS[endpoint], body)
+        except ApiError:
+            raise
+        except Exception:
+            # A fault of ours in one request must not end the batch, nor the worker.
+            log.exception("a request of a batch failed")
+            raise ApiError(500, "internal error") from None
+
+    return BatchWorker(
+        batches,
+        files,
+        answer_one,
+        concurrency=service.settings.batch_concurrency,
+        max_lines=service.settings.max_batch_lines,
+    )
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(service: Service, worker: BatchWorker | None) -> AsyncIterator[None]:
+    if worker is not None:
+        worker.start()
+    try:
+        yield
+    finally:
+        if worker is not None:
+            await worker.stop()
+        service.shut()
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return json_response(error.body(), error.status, error.headers())
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """What the router says: no such route, or not with this method."""
+    assert isinstance(error, HTTPException)
+    about = f"{request.method} {request.url.path[:200]}"
+    message = {404: f"there is no route {about}", 405: f"not allowed: {about}"}
+    found = ApiError(error.status_code, message.get(error.status_code, str(error.detail)))
+    return json_response(found.body(), found.status, dict(error.headers or {}))
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    """A fault of ours; the log has its traceback, the client nothing of it."""
+    return json_response(ApiError(500, "internal error").body(), 500)
+
+
+class Server(uvicorn.Server):
+    """Finishes or fails every request before it stops taking connections."""
+
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self._service = service
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        if not self.force_exit:
+            await self._service.drain()
+        await super().shutdown(sockets)

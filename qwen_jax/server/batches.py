@@ -1,0 +1,180 @@
+"""Batches as they are kept: OpenAI's batch objects, their input, and how far they are.
+
+Knows the disk and the lines of a batch; knows neither model nor HTTP. Everything that must survive
+a crash is a file: the object, and one line for each finished request, in an output and an error
+file that are only appended to.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+import time
+from collections.abc import Collection
+from typing import Any
+
+from qwen_jax.server import durable
+from qwen_jax.server.errors import ApiError
+from qwen_jax.server.ids import new_id
+
+OPEN = ("validating", "in_progress", "finalizing", "cancelling")
+_ID = re.compile(r"batch_[0-9a-f]{32}")
+_MAX_ERRORS = 50
+_MAX_ID = 512  # characters of a custom_id
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A request of a batch: its id, and where it is in the input."""
+
+    custom_id: str
+    start: int
+    size: int
+
+
+class BatchStore:
+    """The batches in a directory, which is made where it is missing."""
+
+    def __init__(self, folder: pathlib.Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._known: dict[str, dict[str, Any]] = {}
+        for path in sorted(folder.glob("batch_*.json")):
+            self._known[path.stem] = json.loads(path.read_bytes())
+
+    def create(
+        self, *, input_file_id: str, endpoint: str, window: str, seconds: int, metadata: Any
+    ) -> dict[str, Any]:
+        """A new batch, durable at once."""
+        now = int(time.time())
+        moments = "in_progress finalizing completed failed expired cancelling cancelled"
+        batch = {
+            "id": new_id("batch_"),
+            "object": "batch",
+            "endpoint": endpoint,
+            "errors": None,
+            "input_file_id": input_file_id,
+            "completion_window": window,
+            "status": "validating",
+            "output_file_id": None,
+            "error_file_id": None,
+            "created_at": now,
+            "expires_at": now + seconds,
+            **{f"{moment}_at": None for moment in moments.split()},
+            "request_counts": {"total": 0, "completed": 0, "failed": 0},
+            "metadata": metadata,
+        }
+        self.save(batch)
+        return batch
+
+    def save(self, batch: dict[str, Any]) -> None:
+        """Makes the state of a batch durable."""
+        durable.save_json(self._folder / f"{batch['id']}.json", batch)
+        self._known[batch["id"]] = batch
+
+    def move(self, batch: dict[str, Any], status: str) -> None:
+        """Gives a batch a new status, durably."""
+        batch["status"] = status
+        batch[f"{status}_at"] = int(time.time())
+        self.save(batch)
+
+    def get(self, id: str) -> dict[str, Any]:
+        """A batch; ApiError 404 where there is none."""
+        found = self._known.get(id) if _ID.fullmatch(id) else None
+        if found is None:
+            raise ApiError(404, f"there is no batch {id[:80]!r}", param="batch_id")
+        return found
+
+    def newest_first(self) -> list[dict[str, Any]]:
+        """All batches, the newest first."""
+        return sorted(self._known.values(), key=lambda b: (-b["created_at"], b["id"]))
+
+    def unfinished(self) -> list[dict[str, Any]]:
+        """Those that are still to be worked on, the oldest first."""
+        return [batch for batch in reversed(self.newest_first()) if batch["status"] in OPEN]
+
+    def results(self, batch: dict[str, Any]) -> tuple[pathlib.Path, pathlib.Path]:
+        """(outputs, errors): the files that its finished lines are appended to."""
+        at = self._folder / batch["id"]
+        return at.with_suffix(".output"), at.with_suffix(".errors")
+
+
+def read_lines(
+    path: pathlib.Path, *, endpoint: str, most: int
+) -> tuple[list[Line], list[dict[str, Any]]]:
+    """(the requests of an input file, what is wrong with it)."""
+    lines: list[Line] = []
+    problems: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    start = 0
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                if raw.strip():
+                    lines.append(_line(raw, start, endpoint, seen))
+                if len(lines) > most:
+                    raise ApiError(400, f"more than {most:,} requests", code="too_many_requests")
+            except ApiError as error:
+                problems.append(_problem(error, number))
+            start += len(raw)
+            if len(problems) >= _MAX_ERRORS or len(lines) > most:
+                break
+    if not lines and not problems:
+        problems.append(_problem(ApiError(400, "the file holds no request", code="empty_file"), 1))
+    return lines, problems
+
+
+def _line(raw: bytes, start: int, endpoint: str, seen: set[str]) -> Line:
+    found = parse_line(raw)
+    custom_id = found.get("custom_id")
+    if not isinstance(custom_id, str) or not custom_id or len(custom_id) > _MAX_ID:
+        raise ApiError(
+            400,
+            f"custom_id must be a text of 1 to {_MAX_ID} characters",
+            param="custom_id",
+            code="missing_required_parameter",
+        )
+    if custom_id in seen:
+        raise ApiError(
+            400,
+            f"custom_id {custom_id[:80]!r} came before",
+            param="custom_id",
+            code="duplicate_custom_id",
+        )
+    if found.get("method") != "POST":
+        raise ApiError(400, 'method must be "POST"', param="method", code="invalid_method")
+    if found.get("url") != endpoint:
+        raise ApiError(
+            400, f"url must be the batch's endpoint {endpoint}", param="url", code="mismatched_url"
+        )
+    if not isinstance(found.get("body"), dict):
+        raise ApiError(400, "body must be a JSON object", param="body", code="invalid_body")
+    seen.add(custom_id)
+    return Line(custom_id, start, len(raw))
+
+
+def parse_line(raw: bytes) -> dict[str, Any]:
+    """The object of a line; ApiError where it is none."""
+    try:
+        found = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"not JSON: {error}", code="invalid_json_line") from None
+    if not isinstance(found, dict):
+        raise ApiError(400, "not a JSON object", code="invalid_json_line")
+    return found
+
+
+def _problem(error: ApiError, number: int) -> dict[str, Any]:
+    return {
+        "code": error.code,
+        "line": number,
+        "message": error.message,
+        "param": error.param,
+    }
+
+
+def finished(paths: Collection[pathlib.Path]) -> list[list[str]]:
+    """The custom_ids that each of the files holds; torn last lines are cut off."""
+    return [
+        [json.loads(line)["custom_id"] for line in durable.repair_lines(path)] for path in paths
+    ]

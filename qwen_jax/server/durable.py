@@ -1,0 +1,71 @@
+"""Files that survive a crash at any moment. Knows files; knows nothing of what is in them."""
+
+import fcntl
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+
+def save(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file so that after a crash it is there as before, or as a whole."""
+    beside = path.with_name(f".{path.name}.part")
+    with open(beside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    sync_folder(path.parent)
+
+
+def save_json(path: pathlib.Path, value: Any) -> None:
+    """`save` of JSON."""
+    save(path, json.dumps(value).encode())
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+    """Makes the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync(file: BinaryIO) -> None:
+    """Makes what was written to a file durable."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def lock(folder: pathlib.Path) -> BinaryIO:
+    """Takes a folder for this process, as long as the returned file is open.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "wb")  # noqa: SIM115  (open as long as the folder is taken)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise ValueError(
+            f"{folder} is in use by another server; give this one a directory of its own"
+        ) from None
+    return file
+
+
+def repair_lines(path: pathlib.Path) -> Iterator[bytes]:
+    """The whole lines of a file that was appended to; a last one without its end is cut off."""
+    if not path.exists():
+        return
+    whole = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                whole += len(line)
+                yield line
+    if whole < path.stat().st_size:
+        os.truncate(path, whole)
