@@ -22,6 +22,7 @@ of bfloat16), the tiles' queries and results, and 3 float32 arrays of K * rows *
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -231,7 +232,7 @@ def _kernel(shapes, cores, given, results, *refs):
     core = pl.program_id(0)
     n = len(shapes)
     scalars, refs = refs[:n], refs[n:]
-    hbm = dict.fromkeys(("fresh", "scales")) | dict(zip(given, refs, strict=False))
+    hbm: dict[str, Any] = {"fresh": None, "scales": None, **dict(zip(given, refs, strict=False))}
     # The cache is read and written where it comes out, which is where it came in.
     hbm |= {
         "out" if x == "q" else x: ref for x, ref in zip(results, refs[len(given) :], strict=True)
