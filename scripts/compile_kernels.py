@@ -16,7 +16,7 @@ import re
 import sys
 import time
 
-OPS = ("ragged_dot",)
+OPS = ("ragged_dot", "paged_attention", "segment_attention")
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
 # What libtpu asks for before it believes that no TPU is here.
 ENVIRONMENT = {
