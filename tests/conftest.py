@@ -4,6 +4,7 @@ Real configs, templates and the real tokenizer sharpen some tests; `--shared-dat
 environment variable QWEN_JAX_SHARED_DATA) says where they are, and those tests skip without it.
 """
 
+import gc
 import os
 import pathlib
 
@@ -19,7 +20,21 @@ for _flag, _value in (
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
 
+import jax  # noqa: E402
 import pytest  # noqa: E402  (it may import JAX plugins)
+
+# Linux gives a process 65,530 memory maps, and each compiled program takes some of them: in one
+# process for all tests LLVM would abort for want of one.
+_MANY_MAPS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_dropped_in_time():
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_addoption(parser):
