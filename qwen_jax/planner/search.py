@@ -35,7 +35,7 @@ def rank(plan: Plan) -> tuple:
 
 
 def _digits(plan: Plan) -> int:
-    return len(str(int(plan.decode_tokens_per_s))) - 2
+    return len(str(int(plan.decode_tokens_per_s))) - 3
 
 
 def search(config: ModelConfig, topology: Topology, load: Load) -> list[Plan]:
