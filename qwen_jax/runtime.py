@@ -117,6 +117,17 @@ class Runtime:
         """The name of the implementation chosen for ``op``, one of `OPS`."""
         return dict(self.kernels)[op]
 
+    def facts(self, config: ModelConfig) -> dict[str, Sequence[Any]]:
+        """What the kernels are told of a model on these devices, see `kernel_facts.of`."""
+        return kernel_facts.of(
+            config,
+            mesh=self.mesh,
+            rules=self.rules,
+            dtype=self.dtype,
+            kv_dtype=KV_DTYPES[self.kv_dtype],
+            page_size=self.page_size,
+        )
+
     @classmethod
     def make(
         cls,
@@ -167,7 +178,7 @@ class Runtime:
         facts = {}
         if config is not None:
             facts = kernel_facts.of(
-                requantized(config, quantization) if quantization else config,
+                requantized(config, quantization),
                 mesh=mesh,
                 rules=rules,
                 dtype=dtype,

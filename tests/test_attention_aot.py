@@ -9,7 +9,6 @@ import os
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -17,11 +16,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from pallas_kernels.device import Device
 from pallas_kernels.paged_attention import cases as paged_cases
 from pallas_kernels.segment_attention import cases as segment_cases
-from qwen_jax import sharding as sharding_lib
-from qwen_jax.model.cache import KVCache, RaggedBatch
-from qwen_jax.model.step import jit_step
+from qwen_jax.model.cache import abstract_cache
+from qwen_jax.planner.compiled import lower_step
 from qwen_jax.runtime import Runtime
-from qwen_jax.weights import derive, presets
+from qwen_jax.weights import presets
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu to compile for a TPU"
@@ -113,45 +111,12 @@ def test_a_decode_step_of_a_30b_on_four_chips_copies_no_cache(kv_dtype, devices)
         devices=devices("v6e"),
         config=config,
     )
-    exe, pages = compiled_decode(config, runtime)
-    stored = jax.tree.leaves(pages)
+    sizes = {"tokens": 8, "rows": 8, "pages": 4096, "table_width": 4096 // runtime.page_size}
+    exe = lower_step(config, runtime, **sizes).compile()
+    stored = jax.tree.leaves(abstract_cache(config.text, runtime, sizes["pages"]))
     local = [x.sharding.shard_shape(x.shape) for x in stored]
     program = exe.as_text()
     assert program.count('custom_call_target="tpu_custom_call"') >= config.text.num_hidden_layers
     assert not copies_of(program, local)
     in_place = sum(int(np.prod(s)) * x.dtype.itemsize for s, x in zip(local, stored, strict=True))
     assert exe.memory_analysis().alias_size_in_bytes >= in_place
-
-
-def compiled_decode(config, runtime, B=8, context=4096, num_pages=4096):
-    """One decode step of ``B`` rows, and its cache."""
-    mesh, rules = runtime.mesh, runtime.rules
-    place = derive.shardings(config, mesh, rules)
-    params = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        derive.abstract(config, runtime.dtype),
-        place,
-    )
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def ints(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
-
-    batch = RaggedBatch(
-        ints(B), ints(3, B), ints(B + 1), ints(B), ints(B, context // runtime.page_size)
-    )
-    K, dtype = 2 * config.text.num_key_value_heads, runtime.kv_dtype
-    dtype = jnp.dtype({"fp8": "float8_e4m3fn"}.get(dtype, dtype))
-
-    def cached(dims, shape, dtype):
-        spec = NamedSharding(mesh, sharding_lib.spec(dims, mesh, rules))
-        layer = jax.ShapeDtypeStruct(shape, dtype, sharding=spec)
-        return (layer,) * config.text.num_hidden_layers
-
-    pages = cached(". . K .", (num_pages, runtime.page_size, K, config.text.head_dim), dtype)
-    scales = (None,) * len(pages)
-    if dtype.itemsize == 1:
-        scales = cached(". K .", (num_pages, K, runtime.page_size), jnp.float32)
-    cache = KVCache(pages, scales)
-    lowered = jit_step.lower(params, config, runtime, batch, cache)
-    return lowered.compile(), cache

@@ -96,7 +96,7 @@ def make_plan(
     limit = _model_limit(config, max_model_len)
     if not 0 < hbm_utilization <= 1:
         raise ValueError(f"hbm_utilization={hbm_utilization} is not in (0, 1]")
-    stored = requantized(config, quantization) if quantization else config
+    stored = requantized(config, quantization)
     memory = _device_memory(runtime, hbm_utilization)
     weights = weight_bytes(stored, runtime)
     if weights >= memory:
@@ -183,7 +183,7 @@ def _what_fits(config: ModelConfig, runtime: Runtime, memory: int) -> str:
     found = []
     forms = [None] if config.quantization else [None, *FORMATS]
     for form in forms:
-        stored = requantized(config, form) if form else config
+        stored = requantized(config, form)
         for n in (1 << i for i in range(_MOST_DEVICES.bit_length())):
             mesh = auto_mesh(config, n)
             if _fits(stored, runtime, mesh, memory):

@@ -37,7 +37,7 @@ def check(config: ModelConfig, plan: Plan) -> Plan:
 def compile_plan(config: ModelConfig, plan: Plan) -> tuple[Compiled, Compiled]:
     """The decode step of the whole batch, and a prefill chunk, as compiled for the topology."""
     load = plan.load
-    stored = requantized(config, load.quantization) if load.quantization else config
+    stored = requantized(config, load.quantization)
     runtime = Runtime.make(
         mesh=plan.mesh,
         strategy=plan.rules,

@@ -76,10 +76,10 @@ def topology_devices(name: str) -> list[Any]:
         raise ValueError(f"topology {name!r}: {str(error).splitlines()[0]}") from error
 
 
-def compile_step(
+def lower_step(
     config: ModelConfig, runtime: Runtime, *, tokens: int, rows: int, pages: int, table_width: int
-) -> Compiled:
-    """Compiles `step` for the devices of ``runtime``.
+) -> Any:
+    """`jit_step` for the devices of ``runtime``, made from shapes alone and not compiled yet.
 
     Args:
         config, runtime: the model; the mesh may be of devices that are not here.
@@ -105,12 +105,15 @@ def compile_step(
         kv_lens=array(rows),
         page_table=array(rows, table_width),
     )
-    begun = time.perf_counter()
+    cache = abstract_cache(config.text, runtime, pages)
     with jax.set_mesh(mesh):
-        lowered = jit_step.lower(
-            weights, config, runtime, batch, abstract_cache(config.text, runtime, pages)
-        )
-        program = lowered.compile()
+        return jit_step.lower(weights, config, runtime, batch, cache)
+
+
+def compile_step(config: ModelConfig, runtime: Runtime, **sizes: int) -> Compiled:
+    """Compiles a step for the devices of ``runtime``; arguments as in `lower_step`."""
+    begun = time.perf_counter()
+    program = lower_step(config, runtime, **sizes).compile()
     seconds = time.perf_counter() - begun
     memory, text = program.memory_analysis(), program.as_text()
     assert memory is not None
@@ -124,7 +127,7 @@ def compile_step(
         donated=donated,
         collectives=collectives_of(text),
         copies=copies_of(text),
-        calls=dict(collections.Counter(_CALL.findall(text))),
+        calls=calls_of(text),
         seconds=seconds,
     )
 
@@ -144,6 +147,11 @@ def copies_of(text: str, *, least: int = 1 << 20) -> list[int]:
     """Bytes of the arrays of at least ``least`` bytes that a compiled program copies."""
     sizes = [_bytes(*shape) for shape in _COPY.findall(text)]
     return sorted((n for n in sizes if n >= least), reverse=True)
+
+
+def calls_of(text: str) -> dict[str, int]:
+    """Pallas kernel -> how often a compiled program for TPU calls it."""
+    return dict(sorted(collections.Counter(_CALL.findall(text)).items()))
 
 
 def _bytes(dtype: str, shape: str) -> int:

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from pallas_kernels import registry
 from pallas_kernels.device import Device
-from qwen_jax import kernel_facts, roofline
+from qwen_jax import roofline
 from qwen_jax import sharding as sharding_lib
 from qwen_jax.engine.capacity import weight_bytes
 from qwen_jax.model.cache import page_bytes, row_ways
@@ -170,7 +170,7 @@ def make_plan(
             f"plan: mesh {dict(mesh)} has {math.prod(mesh.values())} devices, {topology} has "
             f"{topology.devices}"
         )
-    stored = requantized(config, load.quantization) if load.quantization else config
+    stored = requantized(config, load.quantization)
     runtime = abstract_runtime(mesh, strategy, load)
     weights = weight_bytes(stored, runtime)
     token = page_bytes(config.text, runtime) / runtime.page_size
@@ -201,16 +201,8 @@ def make_plan(
 
 def _kernels(config: ModelConfig, runtime: Runtime, topology: Topology) -> Mapping[str, str]:
     """What `Runtime.make` would choose on such a device."""
-    facts = kernel_facts.of(
-        config,
-        mesh=runtime.mesh,
-        rules=runtime.rules,
-        dtype=runtime.dtype,
-        kv_dtype=KV_DTYPES[runtime.kv_dtype],
-        page_size=runtime.page_size,
-    )
     device = Device(topology.chip.platform, topology.chip.kind)
-    used = {op: found for op, found in facts.items() if found}
+    used = {op: found for op, found in runtime.facts(config).items() if found}
     return {op: registry.choose(op, "auto", device, found).name for op, found in used.items()}
 
 

@@ -135,7 +135,7 @@ def make_plan(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown; use {' or '.join(DTYPES)}, or leave it out")
     config, sources = open_sources(config, checkpoint)
-    target = config if quantization is None else requantized(config, quantization)
+    target = requantized(config, quantization)
     if dtype is not None:
         target = dataclasses.replace(target, dtype=dtype)
 

@@ -14,13 +14,17 @@ from qwen_jax.weights.params import Param
 from qwen_jax.weights.quant import FORMATS, QArray, quantize
 
 
-def requantized(config: ModelConfig, form: str) -> ModelConfig:
+def requantized(config: ModelConfig, form: str | None) -> ModelConfig:
     """The configuration of a checkpoint after requantising it to ``form`` ("fp8", "int8").
+
+    None leaves the checkpoint as it is.
 
     Raises:
         ValueError: the checkpoint is quantised already (it would be rounded twice), or ``form`` is
             unknown.
     """
+    if form is None:
+        return config
     if form not in FORMATS:
         raise ValueError(f"quantization={form!r} is unknown; use {' or '.join(FORMATS)}")
     if config.quantization is not None:
