@@ -171,30 +171,36 @@ qwen_jax.planner.check
 qwen_jax.planner.search
 
 qwen_jax.llm
+
+qwen_jax.durable
+qwen_jax.openai
+qwen_jax.openai.errors
+qwen_jax.openai.ids
+qwen_jax.openai.protocol
+qwen_jax.openai.chat_protocol
+qwen_jax.openai.completion_protocol
+qwen_jax.openai.checks
+qwen_jax.openai.calls
+qwen_jax.openai.sampling
+qwen_jax.openai.logprobs
+qwen_jax.openai.fetch
+qwen_jax.openai.media
+qwen_jax.openai.answerer
+qwen_jax.openai.chat_choice
+qwen_jax.openai.chat
+qwen_jax.openai.completions
+qwen_jax.openai.kinds
+
 qwen_jax
 
 qwen_jax.server
 qwen_jax.server.settings
-qwen_jax.server.errors
-qwen_jax.server.ids
-qwen_jax.server.protocol
-qwen_jax.server.chat_protocol
-qwen_jax.server.completion_protocol
 qwen_jax.server.limits
 qwen_jax.server.guard
 qwen_jax.server.metrics
-qwen_jax.server.calls
-qwen_jax.server.sampling
-qwen_jax.server.logprobs
 qwen_jax.server.sse
-qwen_jax.server.fetch
-qwen_jax.server.media
 qwen_jax.server.service
-qwen_jax.server.chat_choice
-qwen_jax.server.chat
-qwen_jax.server.completions
 qwen_jax.server.answers
-qwen_jax.server.durable
 qwen_jax.server.files
 qwen_jax.server.batches
 qwen_jax.server.batch_worker
@@ -241,6 +247,8 @@ LATE = {
     "transformers",
     "uvicorn",
 }
+# Packages that need one extra throughout.
+EXTRAS = ("qwen_jax.openai.", "qwen_jax.server.")
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for package in ("pallas_kernels", "qwen_jax")
@@ -301,17 +309,17 @@ def test_kernels_know_nothing_of_the_model(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_optional_and_heavy_packages_are_imported_where_they_are_used(name):
-    if name.startswith("qwen_jax.server."):
-        return  # the extra `server` as a whole: only the command that needs it imports it
+    if name.startswith(EXTRAS):
+        return  # the extras `batch` and `server` as a whole: only commands import them, late
     at_top = imports(name, FILES[name].read_text(), top_only=True)
     assert not {each for each in at_top if each.split(".")[0] in LATE}
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if "server" not in name])
-def test_the_server_is_imported_late(name):
+@pytest.mark.parametrize("name", [name for name in FILES if not f"{name}.".startswith(EXTRAS)])
+def test_whole_extras_are_imported_late(name):
     at_top = imports(name, FILES[name].read_text(), top_only=True)
     # The settings are plain values.
-    found = {each for each in at_top if each.startswith("qwen_jax.server")}
+    found = {each for each in at_top if f"{each}.".startswith(EXTRAS)}
     assert found <= {"qwen_jax.server.settings"}
 
 

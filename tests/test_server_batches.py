@@ -16,7 +16,8 @@ import pytest
 from fake_llm import FakeLLM
 from serving import ask, running
 
-from qwen_jax.server import batches, durable
+from qwen_jax import durable
+from qwen_jax.server import batches
 from qwen_jax.server.files import FileStore
 
 NEW_BATCH = {

@@ -8,8 +8,8 @@ from chatting import chat, refused, reply, schema_form, streamed, tool
 from fake_llm import MAX_LEN, FakeLLM
 from serving import events
 
+from qwen_jax.openai.errors import encode
 from qwen_jax.prompt.chat import ChatTemplate
-from qwen_jax.server.errors import encode
 
 
 def test_a_reply_has_openais_form():

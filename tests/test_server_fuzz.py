@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import settings as server_settings
 
-from qwen_jax.server import chat_protocol, completion_protocol
+from qwen_jax.openai import chat_protocol, completion_protocol
 from qwen_jax.server.app import make_app
 
 EXAMPLES = int(os.environ.get("QWEN_JAX_FUZZ", "60"))

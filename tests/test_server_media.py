@@ -10,9 +10,9 @@ import pytest
 from fake_llm import FakeLLM
 from serving import ask
 
-from qwen_jax.server.errors import ApiError
-from qwen_jax.server.fetch import Fetcher, is_private
-from qwen_jax.server.media import MediaSource
+from qwen_jax.openai.errors import ApiError
+from qwen_jax.openai.fetch import Fetcher, is_private
+from qwen_jax.openai.media import MediaSource
 
 PNG = b"\x89PNG not really"
 URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
@@ -203,7 +203,7 @@ def test_files_below_the_folder_only(tmp_path):
         source(folder).load(message(f"file://other.host{folder}/a%20b.png"))
     messages.add(caught.value.message)
     assert len(messages) == 1, "what is wrong must not tell which files there are"
-    with pytest.raises(ApiError, match="reads no file"):
+    with pytest.raises(ApiError, match="no file: URLs"):
         source().load(message(f"file://{folder}/a%20b.png"))
 
 
@@ -228,7 +228,7 @@ def test_too_many_pictures_are_refused():
         ("data:image/png;base64,###", "base64"),
         ("data:,plain", "base64"),
         ("http://127.0.0.1:1/a.png", "nothing is fetched"),
-        ("file:///etc/passwd", "reads no file"),
+        ("file:///etc/passwd", "no file: URLs"),
         (URL, "reads text only"),
     ],
 )

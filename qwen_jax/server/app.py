@@ -15,11 +15,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from qwen_jax.server import durable
-from qwen_jax.server.answers import KINDS, answer, json_response
+from qwen_jax import durable
+from qwen_jax.openai.errors import ApiError
+from qwen_jax.openai.kinds import KINDS, answer
+from qwen_jax.server.answers import json_response
 from qwen_jax.server.batch_worker import BatchWorker
 from qwen_jax.server.batches import BatchStore
-from qwen_jax.server.errors import ApiError
 from qwen_jax.server.files import FileStore
 from qwen_jax.server.guard import Guard
 from qwen_jax.server.routes import package_version, routes
@@ -67,7 +68,7 @@ def make_app(llm: Any, settings: Settings) -> tuple[Service, ASGIApp]:
 def _worker(service: Service, files: FileStore, batches: BatchStore) -> BatchWorker:
     async def answer_one(endpoint: str, body: Any) -> dict[str, Any]:
         try:
-            return await answer(service, KINDS[endpoint], body)
+            return await answer(service.answerer, KINDS[endpoint], body)
         except ApiError:
             raise
         except Exception:

@@ -12,11 +12,12 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from qwen_jax.server import batches, durable
+from qwen_jax import durable
+from qwen_jax.openai.errors import ApiError, encode
+from qwen_jax.openai.ids import new_id
+from qwen_jax.server import batches
 from qwen_jax.server.batches import BatchStore, Line
-from qwen_jax.server.errors import ApiError, encode
 from qwen_jax.server.files import FileStore
-from qwen_jax.server.ids import new_id
 
 log = logging.getLogger(__name__)
 

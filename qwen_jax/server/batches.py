@@ -13,9 +13,9 @@ import time
 from collections.abc import Collection
 from typing import Any
 
-from qwen_jax.server import durable
-from qwen_jax.server.errors import ApiError
-from qwen_jax.server.ids import new_id
+from qwen_jax import durable
+from qwen_jax.openai.errors import ApiError
+from qwen_jax.openai.ids import new_id
 
 OPEN = ("validating", "in_progress", "finalizing", "cancelling")
 _ID = re.compile(r"batch_[0-9a-f]{32}")

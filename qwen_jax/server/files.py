@@ -15,9 +15,9 @@ import time
 from collections.abc import Iterable
 from typing import Any, BinaryIO
 
-from qwen_jax.server import durable
-from qwen_jax.server.errors import ApiError
-from qwen_jax.server.ids import new_id
+from qwen_jax import durable
+from qwen_jax.openai.errors import ApiError
+from qwen_jax.openai.ids import new_id
 
 PURPOSES = ("batch", "user_data", "assistants", "fine-tune", "vision", "evals")
 _ID = re.compile(r"file-[0-9a-f]{32}")

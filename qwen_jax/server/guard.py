@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from qwen_jax.server.errors import ApiError, encode, shutting_down
+from qwen_jax.openai.errors import ApiError, encode, shutting_down
 
 _GUARDED = "/v1/"
 

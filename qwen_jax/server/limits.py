@@ -1,19 +1,16 @@
 """Bodies of bounded size that arrive in bounded time, and a bounded number of requests at once.
 
-Knows bytes, JSON and clocks; knows no field of a request.
+Knows bytes and clocks; knows no field of a request.
 """
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator, AsyncIterator, Collection
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
 
-import pydantic
 from starlette.requests import ClientDisconnect, Request
 
-from qwen_jax.server.errors import ApiError, of_validation
-
-Model = TypeVar("Model", bound=pydantic.BaseModel)
+from qwen_jax.openai.checks import parse_json
+from qwen_jax.openai.errors import ApiError
 
 _JSON = ("application/json",)
 
@@ -89,32 +86,3 @@ async def within(
 def too_large(most: int) -> ApiError:
     """For a body of more than ``most`` bytes."""
     return ApiError(413, f"the body exceeds the limit of {most:,} bytes", code="too_large")
-
-
-def parse_json(data: bytes) -> Any:
-    """Strict JSON: no NaN, UTF-8. Raises ApiError."""
-    try:
-        return json.loads(data.decode(), parse_constant=_no_constant)
-    except RecursionError:
-        raise ApiError(400, "the body is nested too deep", code="invalid_json") from None
-    except ValueError as error:  # UnicodeDecodeError, JSONDecodeError, numbers of 5,000 digits
-        raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
-
-
-def validate(kind: type[Model], body: Any, known: Collection[str]) -> Model:
-    """A body as a model. Raises ApiError: what is wrong with it first, and where."""
-    if not isinstance(body, dict):
-        raise ApiError(400, f"the body must be a JSON object, got a {type(body).__name__}")
-    try:
-        return kind.model_validate(body)
-    except pydantic.ValidationError as error:
-        complaints = error.errors(include_url=False, include_context=False)
-        if len(complaints[0]["loc"]) == 1:
-            known = kind.model_fields  # a field of the body itself
-        raise of_validation(complaints, body, known) from None
-    except RecursionError:
-        raise ApiError(400, "the body is nested too deep") from None
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")

@@ -6,7 +6,8 @@ import importlib.resources
 from fastapi import APIRouter, Request
 from starlette.responses import HTMLResponse, Response
 
-from qwen_jax.server.answers import KINDS, Kind, json_response, respond
+from qwen_jax.openai.kinds import KINDS, Kind
+from qwen_jax.server.answers import json_response, respond
 from qwen_jax.server.metrics import CONTENT_TYPE
 from qwen_jax.server.service import Service
 
@@ -30,7 +31,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        return json_response(_model(service, service.check_model(name)))
+        return json_response(_model(service, service.answerer.check_model(name)))
 
     @router.get("/health")
     async def health() -> Response:

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from qwen_jax.server.errors import ApiError, encode
+from qwen_jax.openai.errors import ApiError, encode
 
 log = logging.getLogger(__name__)
 

@@ -12,13 +12,14 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import FileResponse, Response
 
+from qwen_jax.openai.checks import validate
+from qwen_jax.openai.errors import ApiError
+from qwen_jax.openai.protocol import Strict, known_fields
 from qwen_jax.server.answers import json_response
 from qwen_jax.server.batch_worker import BatchWorker
 from qwen_jax.server.batches import OPEN, BatchStore
-from qwen_jax.server.errors import ApiError
 from qwen_jax.server.files import PURPOSES, FileStore, free_space, page_of
-from qwen_jax.server.limits import too_large, validate, within
-from qwen_jax.server.protocol import Strict, known_fields
+from qwen_jax.server.limits import too_large, within
 from qwen_jax.server.service import Service
 
 _WINDOW = re.compile(r"([1-9]\d{0,3})([hd])")

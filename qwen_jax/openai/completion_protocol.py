@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import pydantic
 
-from qwen_jax.server.protocol import Common, known_fields
+from qwen_jax.openai.protocol import Common, known_fields
 
 MAX_PROMPTS = 2048
 _MAX_LOGPROBS = 20

@@ -11,16 +11,16 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from qwen_jax.engine.events import Delta
+from qwen_jax.openai.answerer import Answerer
+from qwen_jax.openai.calls import Calls
+from qwen_jax.openai.chat_choice import Choice
+from qwen_jax.openai.chat_protocol import AllowedChoice, ChatRequest, NamedTool
+from qwen_jax.openai.errors import ApiError
+from qwen_jax.openai.ids import new_id
+from qwen_jax.openai.logprobs import prompt_logprobs
+from qwen_jax.openai.sampling import check_room, sampling_params
 from qwen_jax.prompt import parsing
 from qwen_jax.requests import Prompt, SamplingParams
-from qwen_jax.server.calls import Calls
-from qwen_jax.server.chat_choice import Choice
-from qwen_jax.server.chat_protocol import AllowedChoice, ChatRequest, NamedTool
-from qwen_jax.server.errors import ApiError
-from qwen_jax.server.ids import new_id
-from qwen_jax.server.logprobs import prompt_logprobs
-from qwen_jax.server.sampling import check_room, sampling_params
-from qwen_jax.server.service import Service
 from qwen_jax.structured.spec import StructuredOutputs, ToolCalls, read_schema
 
 # What `chat_parts` takes itself; other names of chat_template_kwargs reach the template.
@@ -59,16 +59,16 @@ class ChatJob:
     id: str
     created: int
 
-    def choices(self, service: Service) -> list[Choice]:
+    def choices(self, answerer: Answerer) -> list[Choice]:
         """An empty choice for each answer."""
-        return [self._choice(service, index) for index in range(self.params.n)]
+        return [self._choice(answerer, index) for index in range(self.params.n)]
 
-    def _choice(self, service: Service, index: int) -> Choice:
+    def _choice(self, answerer: Answerer, index: int) -> Choice:
         raw = parsing.OutputParser(reasoning="off")
         return Choice(
             index,
-            raw if self.body.raw else service.llm.inputs.parser(self.prompt, self.tools),
-            service.llm.tokenizer,
+            raw if self.body.raw else answerer.llm.inputs.parser(self.prompt, self.tools),
+            answerer.llm.tokenizer,
             named=self.named,
             one_call=self.body.parallel_tool_calls is False,
             with_reasoning=self.body.include_reasoning is not False,
@@ -77,39 +77,39 @@ class ChatJob:
         )
 
 
-async def prepare(service: Service, body: ChatRequest) -> ChatJob:
+async def prepare(answerer: Answerer, body: ChatRequest) -> ChatJob:
     """Checks a request against the model, reads its pictures and renders its prompt.
 
     Raises:
         ApiError: it cannot be answered.
     """
-    model = service.check_model(body.model)
-    if len(body.messages) > service.llm.max_model_len:
+    model = answerer.check_model(body.model)
+    if len(body.messages) > answerer.llm.max_model_len:
         raise ApiError(
             400,
             f"{len(body.messages):,} messages do not fit the context of "
-            f"{service.llm.max_model_len:,} tokens",
+            f"{answerer.llm.max_model_len:,} tokens",
             param="messages",
             code="context_length_exceeded",
         )
     choice, tools = _offered(body)
     messages = [_message(message.model_dump(exclude_none=True)) for message in body.messages]
-    make = functools.partial(_prompt, service, body, messages, tools)
-    prompt = await service.on_thread(make)
+    make = functools.partial(_prompt, answerer, body, messages, tools)
+    prompt = await answerer.on_thread(make)
     most = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     top = (body.top_logprobs or 0) if body.logprobs else None
     params = sampling_params(
         body,
-        service.llm.get_default_sampling_params(),
-        vocab_size=service.llm.config.text.vocab_size,
+        answerer.llm.get_default_sampling_params(),
+        vocab_size=answerer.llm.config.text.vocab_size,
         max_tokens=most,
         logprobs=top,
     )
     field = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
-    check_room(prompt, most, service.llm.max_model_len, field)
-    wish = _wish(service, body, choice, tools) or params.structured_outputs
+    check_room(prompt, most, answerer.llm.max_model_len, field)
+    wish = _wish(answerer, body, choice, tools) or params.structured_outputs
     if isinstance(wish, StructuredOutputs):
-        grammar = await service.compile(wish, prompt)
+        grammar = await answerer.compile(wish, prompt)
         params = dataclasses.replace(params, structured_outputs=grammar)
     return ChatJob(
         body=body,
@@ -151,15 +151,15 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prompt(
-    service: Service,
+    answerer: Answerer,
     body: ChatRequest,
     messages: list[dict[str, Any]],
     tools: list[dict[str, Any]] | None,
 ) -> Prompt:
-    inputs = service.llm.inputs
+    inputs = answerer.llm.inputs
     if body.raw:
         return inputs.prompt("".join(str(message["content"]) for message in messages), "messages")
-    template = service.llm.template
+    template = answerer.llm.template
     if tools and template is not None and parsing.tool_format(template.source) is None:
         raise ApiError(400, "this checkpoint's chat template has no tools", param="tools")
     kwargs = dict(body.chat_template_kwargs or {})
@@ -178,11 +178,11 @@ def _prompt(
         "continue_final_message": bool(body.continue_final_message),
         **kwargs,
     }
-    return inputs.chat(service.media.load(messages), options, body.mm_processor_kwargs)
+    return inputs.chat(answerer.media.load(messages), options, body.mm_processor_kwargs)
 
 
 def _wish(
-    service: Service, body: ChatRequest, choice: Any, tools: list[dict[str, Any]] | None
+    answerer: Answerer, body: ChatRequest, choice: Any, tools: list[dict[str, Any]] | None
 ) -> StructuredOutputs | None:
     """The form that the answer must have, None for a free one."""
     form = _format(body)
@@ -190,7 +190,7 @@ def _wish(
         raise ApiError(400, "response_format and structured_outputs exclude each other; give one")
     if not tools:
         return form
-    kind = parsing.tool_format(service.llm.template.source)
+    kind = parsing.tool_format(answerer.llm.template.source)
     assert kind is not None
     many = body.parallel_tool_calls is not False and not isinstance(choice, NamedTool)
     if body.structured_outputs is not None:
@@ -219,9 +219,9 @@ def _format(body: ChatRequest) -> StructuredOutputs | None:
     return None
 
 
-async def whole(service: Service, job: ChatJob, calls: Calls) -> dict[str, Any]:
+async def whole(answerer: Answerer, job: ChatJob, calls: Calls) -> dict[str, Any]:
     """The reply, when everything is there."""
-    choices = job.choices(service)
+    choices = job.choices(answerer)
     async for _, delta in calls.events():
         choices[delta.index].take(delta)
     result = calls.results[0]
@@ -240,12 +240,12 @@ async def whole(service: Service, job: ChatJob, calls: Calls) -> dict[str, Any]:
     return reply
 
 
-async def pieces(service: Service, job: ChatJob, calls: Calls) -> AsyncIterator[dict[str, Any]]:
+async def pieces(answerer: Answerer, job: ChatJob, calls: Calls) -> AsyncIterator[dict[str, Any]]:
     """The reply as it comes."""
     options = job.body.stream_options
     counted = options is not None and options.include_usage
     always = options is not None and options.continuous_usage_stats
-    choices = job.choices(service)
+    choices = job.choices(answerer)
     length = len(job.prompt.token_ids)
 
     def piece(parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -6,11 +6,11 @@ Knows the parser's deltas and how OpenAI writes them; knows neither prompt nor r
 from typing import Any
 
 from qwen_jax.engine.events import Delta
+from qwen_jax.openai.ids import new_id
+from qwen_jax.openai.logprobs import chat_logprobs
 from qwen_jax.prompt.parsing import OutputParser
 from qwen_jax.prompt.parsing_tools import ContentDelta, ReasoningDelta, ToolCallDelta
 from qwen_jax.prompt.tokenizer import Tokenizer
-from qwen_jax.server.ids import new_id
-from qwen_jax.server.logprobs import chat_logprobs
 
 
 class Choice:

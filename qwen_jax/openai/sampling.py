@@ -4,9 +4,9 @@ import dataclasses
 import re
 from typing import Any
 
+from qwen_jax.openai.errors import ApiError, bad_request
+from qwen_jax.openai.protocol import Common
 from qwen_jax.requests import Prompt, SamplingParams
-from qwen_jax.server.errors import ApiError, bad_request
-from qwen_jax.server.protocol import Common
 
 _SAME = (
     "frequency_penalty",

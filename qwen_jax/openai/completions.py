@@ -10,16 +10,16 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from qwen_jax.engine.events import Delta
+from qwen_jax.openai.answerer import Answerer
+from qwen_jax.openai.calls import Calls
+from qwen_jax.openai.chat import usage
+from qwen_jax.openai.completion_protocol import CompletionRequest
+from qwen_jax.openai.errors import ApiError
+from qwen_jax.openai.ids import new_id
+from qwen_jax.openai.logprobs import TextLogprobs, prompt_logprobs
+from qwen_jax.openai.sampling import check_room, sampling_params
 from qwen_jax.requests import Prompt, SamplingParams
 from qwen_jax.results import RequestOutput
-from qwen_jax.server.calls import Calls
-from qwen_jax.server.chat import usage
-from qwen_jax.server.completion_protocol import CompletionRequest
-from qwen_jax.server.errors import ApiError
-from qwen_jax.server.ids import new_id
-from qwen_jax.server.logprobs import TextLogprobs, prompt_logprobs
-from qwen_jax.server.sampling import check_room, sampling_params
-from qwen_jax.server.service import Service
 from qwen_jax.structured.spec import StructuredOutputs
 
 
@@ -47,23 +47,23 @@ class CompletionJob:
         return self.jobs[0][1].n
 
 
-async def prepare(service: Service, body: CompletionRequest) -> CompletionJob:
+async def prepare(answerer: Answerer, body: CompletionRequest) -> CompletionJob:
     """Checks a request against the model and encodes its prompts.
 
     Raises:
         ApiError: it cannot be answered.
     """
-    model = service.check_model(body.model)
-    prompts = await service.on_thread(functools.partial(_prompts, service, body))
+    model = answerer.check_model(body.model)
+    prompts = await answerer.on_thread(functools.partial(_prompts, answerer, body))
     # Of the default the engine generates what fits.
     asked = body.max_tokens if "max_tokens" in body.model_fields_set else None
     for prompt in prompts:
-        check_room(prompt, asked, service.llm.max_model_len, "max_tokens")
+        check_room(prompt, asked, answerer.llm.max_model_len, "max_tokens")
     echoed = body.logprobs if body.echo and body.prompt_logprobs is None else None
     params = sampling_params(
         body,
-        service.llm.get_default_sampling_params(),
-        vocab_size=service.llm.config.text.vocab_size,
+        answerer.llm.get_default_sampling_params(),
+        vocab_size=answerer.llm.config.text.vocab_size,
         max_tokens=1 if body.max_tokens == 0 else body.max_tokens,  # only the prompt is wanted
         logprobs=body.logprobs,
         **({} if echoed is None else {"prompt_logprobs": echoed}),
@@ -73,21 +73,21 @@ async def prepare(service: Service, body: CompletionRequest) -> CompletionJob:
     for prompt in prompts:
         own = params
         if isinstance(wish, StructuredOutputs):
-            grammar = await service.compile(wish, prompt)
+            grammar = await answerer.compile(wish, prompt)
             own = dataclasses.replace(params, structured_outputs=grammar)
         jobs.append((prompt, own))
     return CompletionJob(
         body=body,
         model=model,
         jobs=jobs,
-        texts=[_text(service, prompt) if body.echo else "" for prompt in prompts],
+        texts=[_text(answerer, prompt) if body.echo else "" for prompt in prompts],
         id=f"cmpl-{body.request_id}" if body.request_id else new_id("cmpl-"),
         created=int(time.time()),
     )
 
 
-def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
-    inputs = service.llm.inputs
+def _prompts(answerer: Answerer, body: CompletionRequest) -> list[Prompt]:
+    inputs = answerer.llm.inputs
     if body.suffix is not None:
         assert isinstance(body.prompt, str)
         return [inputs.fill(body.prompt, body.suffix)]
@@ -100,17 +100,17 @@ def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
     return found
 
 
-def _text(service: Service, prompt: Prompt) -> str:
+def _text(answerer: Answerer, prompt: Prompt) -> str:
     if prompt.text is not None:
         return prompt.text
-    return service.llm.tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
+    return answerer.llm.tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
 
 
-async def whole(service: Service, job: CompletionJob, calls: Calls) -> dict[str, Any]:
+async def whole(answerer: Answerer, job: CompletionJob, calls: Calls) -> dict[str, Any]:
     """The reply, when everything is there."""
     results = await calls.finish()
     choices = [
-        choice for i, result in enumerate(results) for choice in _choices(service, job, i, result)
+        choice for i, result in enumerate(results) for choice in _choices(answerer, job, i, result)
     ]
     generated = sum(len(o.token_ids) for r in results for o in r.outputs)
     return {
@@ -127,7 +127,7 @@ async def whole(service: Service, job: CompletionJob, calls: Calls) -> dict[str,
 
 
 def _choices(
-    service: Service, job: CompletionJob, i: int, result: RequestOutput
+    answerer: Answerer, job: CompletionJob, i: int, result: RequestOutput
 ) -> list[dict[str, Any]]:
     """The choices of one prompt."""
     body, found = job.body, []
@@ -145,7 +145,7 @@ def _choices(
             entries = [] if empty else output.logprobs or []
             before = result.prompt_token_ids if body.echo else []
             known = (result.prompt_logprobs or []) if body.echo else []
-            shown = TextLogprobs(service.llm.tokenizer, body.logprobs)
+            shown = TextLogprobs(answerer.llm.tokenizer, body.logprobs)
             choice["logprobs"] = shown.add([*before, *tokens], [*known, *entries])
         if body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_logprobs(result.prompt_logprobs)
@@ -156,14 +156,14 @@ def _choices(
 
 
 async def pieces(
-    service: Service, job: CompletionJob, calls: Calls
+    answerer: Answerer, job: CompletionJob, calls: Calls
 ) -> AsyncIterator[dict[str, Any]]:
     """The reply as it comes."""
     options = job.body.stream_options
     counted = options is not None and options.include_usage
     always = options is not None and options.continuous_usage_stats
     length = sum(len(prompt.token_ids) for prompt, _ in job.jobs)
-    texts = _Streams(service, job)
+    texts = _Streams(answerer, job)
     tokens = 0
 
     def piece(choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -190,8 +190,8 @@ async def pieces(
 class _Streams:
     """The texts of a streamed request: echoes that are due, and where logprobs stand in them."""
 
-    def __init__(self, service: Service, job: CompletionJob):
-        self._job, self._tokenizer = job, service.llm.tokenizer
+    def __init__(self, answerer: Answerer, job: CompletionJob):
+        self._job, self._tokenizer = job, answerer.llm.tokenizer
         self._logprobs: dict[int, TextLogprobs] = {}
 
     def choice(self, i: int, delta: Delta) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
+from qwen_jax.openai.errors import ApiError
+from qwen_jax.openai.fetch import Fetcher
 from qwen_jax.prompt.image_files import local_source
-from qwen_jax.server.errors import ApiError
-from qwen_jax.server.fetch import Fetcher
 
 _KINDS = {"image_url": "image", "video_url": "video"}
 _SHOWN = 60
@@ -88,9 +88,9 @@ class MediaSource:
 
     def _below_folder(self, url: str) -> pathlib.Path:
         if self._folder is None:
-            raise ValueError("this server reads no file: URLs; send a data: URL")
+            raise ValueError("no file: URLs are read here; send a data: URL")
         # Whatever is wrong with the path, the answer is the same: it tells nothing of other files.
-        problem = ValueError("there is no such file below the folder that this server reads")
+        problem = ValueError("there is no such file below the folder that may be read")
         parts = urllib.parse.urlsplit(url)
         if parts.netloc not in ("", "localhost"):
             raise problem

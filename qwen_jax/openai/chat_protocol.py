@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from qwen_jax.server.protocol import FIRST, Common, Strict, known_fields, unsupported
+from qwen_jax.openai.protocol import FIRST, Common, Strict, known_fields, unsupported
 
 MAX_TOOLS = 128  # as OpenAI
 

@@ -10,10 +10,9 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
 from qwen_jax.engine.events import Delta, Event, Failed, Finished
+from qwen_jax.openai.errors import ApiError, bad_request, of_engine
 from qwen_jax.requests import Prompt, SamplingParams
 from qwen_jax.results import RequestOutput
-from qwen_jax.server.errors import ApiError, bad_request, of_engine
-from qwen_jax.server.metrics import Metrics
 
 
 class Engine(Protocol):
@@ -32,6 +31,18 @@ class Engine(Protocol):
     def stats(self) -> Any: ...
 
 
+class Meter(Protocol):
+    """What is told how prompts go on."""
+
+    def first_token(self, seconds: float) -> None: ...
+
+    def next_tokens(self, seconds: float, count: int) -> None: ...
+
+    def finished(
+        self, result: RequestOutput, params: SamplingParams, *, seconds: float, decoding: float
+    ) -> None: ...
+
+
 class Calls:
     """One or several prompts of one client, as one stream of events.
 
@@ -39,9 +50,9 @@ class Calls:
         results: of the prompts that are finished, by their index.
     """
 
-    def __init__(self, metrics: Metrics, *, timeout: float):
+    def __init__(self, meter: Meter, *, timeout: float | None):
         self.results: dict[int, RequestOutput] = {}
-        self._metrics, self._timeout = metrics, timeout
+        self._meter, self._timeout = meter, timeout
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._handles: list[Any] = []
@@ -62,7 +73,7 @@ class Calls:
         try:
             for i, (prompt, params) in enumerate(jobs):
                 own = request_id if len(jobs) == 1 else f"{request_id}-{i}"
-                self._clocks.append(_Clock(self._metrics, params))
+                self._clocks.append(_Clock(self._meter, params))
                 with bad_request():
                     handle = engine.submit(
                         prompt, params, self._sink(i), request_id=own, name=f"request {own}"
@@ -78,7 +89,7 @@ class Calls:
         Raises:
             ApiError: one failed, or the time is over; all are cancelled then.
         """
-        deadline = self._loop.time() + self._timeout
+        deadline = None if self._timeout is None else self._loop.time() + self._timeout
         try:
             while len(self.results) < len(self._handles):
                 async with asyncio.timeout_at(deadline):
@@ -125,10 +136,10 @@ class Calls:
 
 
 class _Clock:
-    """Times of one prompt, for the metrics."""
+    """Times of one prompt, for the meter."""
 
-    def __init__(self, metrics: Metrics, params: SamplingParams):
-        self._metrics, self._params = metrics, params
+    def __init__(self, meter: Meter, params: SamplingParams):
+        self._meter, self._params = meter, params
         self._began = time.perf_counter()
         self._first = 0.0
         self._last: dict[int, float] = {}
@@ -137,15 +148,15 @@ class _Clock:
         now = time.perf_counter()
         if not self._first:
             self._first = now
-            self._metrics.first_token(now - self._began)
+            self._meter.first_token(now - self._began)
         if delta.index in self._last and delta.token_ids:
             gap = (now - self._last[delta.index]) / len(delta.token_ids)
-            self._metrics.next_tokens(gap, len(delta.token_ids))
+            self._meter.next_tokens(gap, len(delta.token_ids))
         self._last[delta.index] = now
 
     def stop(self, result: RequestOutput) -> None:
         now = time.perf_counter()
-        self._metrics.finished(
+        self._meter.finished(
             result,
             self._params,
             seconds=now - self._began,

@@ -78,7 +78,7 @@ def bad_request(param: str | None = None) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ApiError(400, f"this server cannot do that: {error}", param=param) from error
+        raise ApiError(400, f"that cannot be done here: {error}", param=param) from error
     except (ValueError, QueueFull, EngineClosed) as error:
         found = of_engine(error)
         found.param = found.param or param
