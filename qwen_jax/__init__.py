@@ -4,6 +4,7 @@
     llm = qj.LLM("Qwen/Qwen3-0.6B")                      text in, text out
     config, params, tokenizer = qj.load("Qwen/Qwen3-0.6B")   plain pytrees
     state = qj.generate(params, config, tokens, …)       one jitted program
+    experts = qj.routing(params, config, tokens)         where each token goes in each layer
 
 Names are imported when they are first used, so that `qwen-jax --help` does not wait for JAX.
 """
@@ -12,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwen_jax.functional import generate, load
+    from qwen_jax.functional import generate, load, routing
     from qwen_jax.llm import LLM
     from qwen_jax.requests import SamplingParams
     from qwen_jax.results import (
@@ -30,6 +31,7 @@ _HOME = {
     "StreamEvent": "results",
     "load": "functional",
     "generate": "functional",
+    "routing": "functional",
     "SamplingParams": "requests",
     "RequestOutput": "results",
     "CompletionOutput": "results",
@@ -51,6 +53,7 @@ __all__ = [
     "StreamEvent",
     "generate",
     "load",
+    "routing",
 ]
 
 

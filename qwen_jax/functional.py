@@ -13,7 +13,8 @@ import numpy as np
 
 from qwen_jax import generation as loop
 from qwen_jax import sampling
-from qwen_jax.model.cache import make_cache, pack, row_ways
+from qwen_jax.model.cache import KVCache, RaggedBatch, make_cache, pack, row_ways
+from qwen_jax.model.step import jit_step
 from qwen_jax.prompt.tokenizer import Tokenizer
 from qwen_jax.runtime import Runtime
 from qwen_jax.weights import checkpoint
@@ -97,22 +98,20 @@ def generate(
         ValueError: no rows, an empty row, an id out of range, a context longer than the model's,
             settings for another number of rows, or a row that got no finite logits.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
     runtime = runtime or default_runtime(config)
     _check(config, tokens, max_new_tokens)
-    size = runtime.buckets.pick("rows", len(tokens))
-    longest = max(map(len, tokens)) + max_new_tokens
-    width = runtime.buckets.pick("pages", -(-longest // runtime.page_size))
-    # Where rows are split over devices, neighbours share one, with all of their pages.
-    table, ways = np.arange(size * width, dtype=np.int32).reshape(size, width), row_ways(runtime)
-    flat = runtime.buckets.pick("tokens", sum(map(len, tokens)))
+    batch, cache = _laid_out(config, runtime, tokens, max_new_tokens)
+    size = batch.kv_lens.shape[0]
     rows = _rows(config, settings, len(tokens), size, max_new_tokens)
     features = sampling.Features.of(rows.sampling)
     state = loop.jit_generate(
         params,
         config,
         runtime,
-        pack(tokens, [0] * len(tokens), table, num_tokens=flat),
-        make_cache(config.text, runtime, -(-size // ways) * ways * width),
+        batch,
+        cache,
         rows,
         _counts(config, tokens, size) if features.penalties else None,
         options=loop.Options(
@@ -129,12 +128,51 @@ def generate(
     return state
 
 
+def routing(
+    params: Weights,
+    config: ModelConfig,
+    tokens: Sequence[Sequence[int]],
+    *,
+    runtime: Runtime | None = None,
+) -> list[np.ndarray]:
+    """The experts that every token goes to: of prompts, or of prompts with their answers.
+
+    Args:
+        params, config, tokens, runtime: as for `generate`.
+
+    Returns:
+        For each row of T tokens int32 [layers, T, A], the best expert first; in a dense layer
+        among sparse ones every entry is the number of experts, which is no expert.
+
+    Raises:
+        ValueError: the model is dense; or as `generate`.
+    """
+    runtime = runtime or default_runtime(config)
+    _check(config, tokens, 0)
+    batch, cache = _laid_out(config, runtime, tokens, 0)
+    out = jit_step(params, config, runtime, batch, cache, logits="none", return_routing=True)
+    ends = np.cumsum([len(row) for row in tokens])
+    return np.split(np.asarray(out.routing)[:, : ends[-1]], ends[:-1], axis=1)
+
+
+def _laid_out(
+    config: ModelConfig, runtime: Runtime, tokens: Sequence[Sequence[int]], max_new_tokens: int
+) -> tuple[RaggedBatch, KVCache]:
+    """The rows in declared shapes, and an empty cache with room for them and what follows."""
+    size = runtime.buckets.pick("rows", len(tokens))
+    longest = max(map(len, tokens)) + max_new_tokens
+    width = runtime.buckets.pick("pages", -(-longest // runtime.page_size))
+    # Where rows are split over devices, neighbours share one, with all of their pages.
+    table, ways = np.arange(size * width, dtype=np.int32).reshape(size, width), row_ways(runtime)
+    flat = runtime.buckets.pick("tokens", sum(map(len, tokens)))
+    batch = pack(tokens, [0] * len(tokens), table, num_tokens=flat)
+    return batch, make_cache(config.text, runtime, -(-size // ways) * ways * width)
+
+
 def _check(config: ModelConfig, tokens: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     vocab, limit = config.text.vocab_size, config.text.max_position_embeddings
-    if not len(tokens) or max_new_tokens < 1:
-        raise ValueError(
-            f"{len(tokens)} rows, max_new_tokens={max_new_tokens}: each must be at least 1"
-        )
+    if not len(tokens):
+        raise ValueError("0 rows: at least one is needed")
     for b, row in enumerate(tokens):
         if not len(row) or min(row) < 0 or max(row) >= vocab:
             raise ValueError(f"row {b}: needs at least one token id, all of them in 0..{vocab - 1}")

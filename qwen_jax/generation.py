@@ -59,8 +59,8 @@ def prefill(
     Returns:
         The stream [B, D] at the last token of each row, and the cache.
     """
-    x_TD, cache = forward(params, config, runtime, batch, cache)
-    return last_of_rows(x_TD, batch), cache
+    out = forward(params, config, runtime, batch, cache)
+    return last_of_rows(out.x_TD, batch), out.cache
 
 
 def first(
@@ -129,9 +129,9 @@ def advance(
         state, done = carry
         alive = state.finish == RUNNING
         batch = _decode_batch(state, rows, alive)
-        x_TD, cache = forward(params, config, runtime, batch, state.cache)
-        logits_BV = unembed(params, last_of_rows(x_TD, batch), config, runtime)
-        state = replace(state, cache=cache, kv_lens=batch.kv_lens)
+        out = forward(params, config, runtime, batch, state.cache)
+        logits_BV = unembed(params, last_of_rows(out.x_TD, batch), config, runtime)
+        state = replace(state, cache=out.cache, kv_lens=batch.kv_lens)
         return take(state, logits_BV, rows, options), done + 1
 
     return jax.lax.while_loop(unfinished, decode, (state, jnp.int32(0)))[0]

@@ -86,7 +86,7 @@ def test_logprobs_are_the_models(llm, state):
     ("rows", "options", "message"),
     [
         ([], {}, "0 rows"),
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0: each must be at least 1"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
         ([[1], []], {}, "row 1: needs at least one token id"),
         ([[320]], {}, r"row 0: .* in 0..319"),
         ([[-1]], {}, r"row 0: .* in 0..319"),
@@ -102,3 +102,14 @@ def test_what_cannot_be_generated_from_is_named(llm, model, rows, options, messa
     config, params, _ = model
     with pytest.raises(ValueError, match=message):
         qj.generate(params, config, rows, **{"max_new_tokens": 4, **options}, runtime=llm.runtime)
+
+
+def test_rows_are_routed_as_each_alone(llm, model):
+    config, params, _ = model
+    together = qj.routing(params, config, ROWS, runtime=llm.runtime)
+    text = config.text
+    for row, experts in zip(ROWS, together, strict=True):
+        assert experts.shape == (text.num_hidden_layers, len(row), text.num_experts_per_tok)
+        assert experts.max() < text.num_experts
+        (alone,) = qj.routing(params, config, [row], runtime=llm.runtime)
+        np.testing.assert_array_equal(experts, alone)

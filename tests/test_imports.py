@@ -82,6 +82,7 @@ qwen_jax.model.rope
 qwen_jax.model.cache
 qwen_jax.model.row_shards
 qwen_jax.model.attention
+qwen_jax.model.routing
 qwen_jax.model.moe
 qwen_jax.model.text
 qwen_jax.model.vision

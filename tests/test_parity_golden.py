@@ -20,9 +20,9 @@ import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen_jax.model.cache import pack
-from qwen_jax.model.moe import route
 from qwen_jax.model.norm import rms_norm
 from qwen_jax.model.rope import angles
+from qwen_jax.model.routing import route
 from qwen_jax.model.step import step
 from qwen_jax.model.text import decoder_layer
 from qwen_jax.runtime import Runtime
@@ -105,10 +105,10 @@ def one_layer(case: Case, index: int) -> dict[str, jax.Array]:
     rotary = angles(config.rope, config.head_dim, batch.positions)
 
     def layer(weights, stream):
-        out, pages, _ = decoder_layer(
+        out = decoder_layer(
             weights, stream, rotary, batch, empty, None, config=config, runtime=case.runtime
         )
-        return out, pages
+        return out.x_TD, out.pages
 
     without_attention, without_mlp = silenced(weights)
     middle = given["input"] + given["attn"]
@@ -187,6 +187,36 @@ def test_router_chooses_and_weighs_experts_as_transformers(case, rungs):
             np.put_along_axis(weights, ids, side[f"{layer}.expert_weights"], axis=-1)
             per_expert.append(weights)
         np.testing.assert_allclose(*per_expert, rtol=0, atol=RUNG, err_msg=layer)
+
+
+def test_the_models_routing_is_that_of_transformers(case):
+    config = case.loaded.config.text
+    tokens = case.golden[f"tokens_{LADDER_PROMPT}"]
+    if not config.num_experts:
+        with pytest.raises(ValueError, match="return_routing: this model is dense"):
+            routed(case, tokens)
+        return
+    experts = routed(case, tokens)
+    assert experts.shape == (config.num_hidden_layers, STEP_TOKENS, config.num_experts_per_tok)
+    assert experts.dtype == np.int32
+    assert (experts[:, LADDER_PROMPT:] == config.num_experts).all()  # padding goes nowhere
+    compared = 0
+    for layer, ids in enumerate(experts[:, :LADDER_PROMPT]):
+        wanted = case.golden.get(f"layer{layer}.expert_ids")
+        if not config.is_moe(layer):
+            wanted = np.full_like(ids, config.num_experts)
+        if wanted is not None:
+            np.testing.assert_array_equal(ids, wanted, err_msg=f"layer {layer}")
+            compared += 1
+    assert compared
+
+
+def routed(case: Case, tokens: np.ndarray) -> np.ndarray:
+    table = forward.page_table(len(PROMPTS), WIDTH)
+    batch = pack([tokens], [0], table, num_tokens=STEP_TOKENS)
+    cache = forward.poisoned_cache(case.loaded, case.runtime, table.size)
+    given = (case.loaded.params, case.loaded.config, case.runtime, batch, cache)
+    return np.asarray(step(*given, logits="none", return_routing=True).routing)
 
 
 def test_experts_and_mlps_equal_transformers(case, rungs):

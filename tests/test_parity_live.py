@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
+from qwen_jax import functional
 from qwen_jax.model.step import jit_step, step
 from qwen_jax.weights.checkpoint import load
 
@@ -92,6 +93,27 @@ def test_tiny_checkpoint_equals_transformers(variant, tmp_path, errors):
     if "quantization_config" in tiny.VARIANTS[variant]:
         theirs = tiny.write(tmp_path / "dequantised", variant, dequantised=True)
     compare(variant, ours, theirs, errors)
+
+
+@pytest.mark.parametrize("variant", ["moe", "moe_dense_mix", "moe_many_experts"])
+def test_every_layers_routing_equals_transformers(variant, tmp_path):
+    directory = tiny.write(tmp_path, variant)
+    loaded = load(directory, runtime=forward.one_device())
+    text = loaded.config.text
+    prompts = [tiny.prompt(length, text.vocab_size, seed=length) for length in (7, 33)]
+    model = hf_reference.load(directory)
+    ours = functional.routing(
+        loaded.params,
+        loaded.config,
+        [prompt.tolist() for prompt in prompts],
+        runtime=forward.one_device(),
+    )
+    for prompt, experts in zip(prompts, ours, strict=True):
+        ladder = hf_reference.ladder(model, prompt)
+        for layer, ids in enumerate(experts):
+            none = np.full_like(ids, text.num_experts)
+            wanted = ladder.get(f"layer{layer}.expert_ids", none)
+            np.testing.assert_array_equal(ids, wanted, err_msg=f"layer {layer}")
 
 
 def test_transformers_dequantises_fp8_to_the_same_model(tmp_path, errors):

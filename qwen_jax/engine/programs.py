@@ -127,9 +127,9 @@ def forward(
         page_table=feed.page_table,
         visual=visual,
     )
-    x_TD, cache = run_layers(params, config, runtime, batch, cache)
-    x_SD = sharding_lib.constrain(x_TD[feed.ends], ". .", runtime.mesh, runtime.rules)
-    return x_TD, x_SD, cache
+    out = run_layers(params, config, runtime, batch, cache)
+    x_SD = sharding_lib.constrain(out.x_TD[feed.ends], ". .", runtime.mesh, runtime.rules)
+    return out.x_TD, x_SD, out.cache
 
 
 @partial(jax.jit, static_argnames=("config", "runtime", "options"), donate_argnames=("counts",))

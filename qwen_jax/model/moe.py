@@ -1,6 +1,6 @@
 """Mixture of experts: route, sort by expert, expert matmuls, combine.
 
-Knows routing and which devices hold which experts; the matmuls over sorted rows are
+Knows which devices hold which experts; the matmuls over sorted rows are
 `pallas_kernels.ragged_dot`. No expert has a capacity: every token reaches every expert it chose.
 
     token      0     1     2            rows sorted by expert
@@ -10,29 +10,16 @@ Knows routing and which devices hold which experts; the matmuls over sorted rows
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.sharding import PartitionSpec
 
 from pallas_kernels.ragged_dot import ragged_dot
 from qwen_jax import sharding as sharding_lib
+from qwen_jax.model.routing import Routing, route
 from qwen_jax.runtime import Runtime
 from qwen_jax.weights import quant
 from qwen_jax.weights.config import TextConfig
 from qwen_jax.weights.params import Mlp, Moe
 from qwen_jax.weights.quant import QArray, Weight
-
-
-@struct.dataclass
-class Routing:
-    """Which experts each token chose.
-
-    Attributes:
-        experts: int32 [T, A]; for padding tokens R, which is no expert.
-        weights: float32 [T, A], what each expert's output is multiplied by.
-    """
-
-    experts: jax.Array
-    weights: jax.Array
 
 
 def mlp(weights: Mlp, x_TD: jax.Array) -> jax.Array:
@@ -42,29 +29,10 @@ def mlp(weights: Mlp, x_TD: jax.Array) -> jax.Array:
     return quant.einsum("TI,ID->TD", hidden, weights.down)
 
 
-def route(router: Weight, x_TD: jax.Array, is_token: jax.Array, config: TextConfig) -> Routing:
-    """Softmax over all experts in float32, the best A, normalised where the model says so.
-
-    Args:
-        router: [D, R].
-        x_TD: normed input.
-        is_token: bool [T]; padding is sent to no expert.
-        config: static.
-
-    Source: transformers Qwen3MoeTopKRouter.
-    """
-    logits_TR = quant.einsum("TD,DR->TR", x_TD, router, jnp.float32)
-    weights, experts = jax.lax.top_k(jax.nn.softmax(logits_TR), config.num_experts_per_tok)
-    if config.norm_topk_prob:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    experts = jnp.where(is_token[:, None], experts, config.num_experts)
-    return Routing(experts.astype(jnp.int32), weights)
-
-
 def moe(
     weights: Moe, x_TD: jax.Array, is_token: jax.Array, config: TextConfig, runtime: Runtime
-) -> jax.Array:
-    """One sparse layer: [T, D] in, [T, D] out; zero for padding.
+) -> tuple[jax.Array, Routing]:
+    """One sparse layer: [T, D] in, [T, D] out, zero for padding; and where its tokens went.
 
     Every device sees all tokens, computes the rows of the experts (and the slice of F) it holds,
     weighs and adds them up per token, and the partial sums are added over the devices.
@@ -91,7 +59,7 @@ def moe(
         ),
         out_specs=replicated,
     )(weights.gate_up, weights.down, x_TD, routing)
-    return sharding_lib.constrain(out.astype(x_TD.dtype), "T D", mesh, rules)
+    return sharding_lib.constrain(out.astype(x_TD.dtype), "T D", mesh, rules), routing
 
 
 def _experts(gate_up, down, x_TD, routing: Routing, first, config: TextConfig, runtime: Runtime):

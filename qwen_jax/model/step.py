@@ -29,10 +29,13 @@ class StepOut:
         logits: float32 [B, V] of each row's last new token (meaningless for a row that brought
             none), [T, V] of every token, or None.
         cache: the updated cache.
+        routing: int32 [layers, T, A], the experts that each token went to in each layer, the best
+            first; R (their number: no expert) for padding and in dense layers. None if not wanted.
     """
 
     logits: jax.Array | None
     cache: KVCache
+    routing: jax.Array | None = None
 
 
 def step(
@@ -43,6 +46,7 @@ def step(
     cache: KVCache,
     *,
     logits: Literal["last", "all", "none"] = "last",
+    return_routing: bool = False,
 ) -> StepOut:
     """Runs new tokens through the model. Pure; `jit_step` is the jitted form.
 
@@ -52,21 +56,25 @@ def step(
         batch: T new tokens of B rows.
         cache: keys and values of what came before; donate it.
         logits: of which tokens logits are wanted.
+        return_routing: whether `StepOut.routing` is wanted.
+
+    Raises:
+        ValueError: ``return_routing`` of a model without experts.
 
     Source: transformers Qwen3MoeForCausalLM.forward.
     """
-    x_TD, cache = forward(params, config, runtime, batch, cache)
+    out = forward(params, config, runtime, batch, cache)
+    routing = out.routing(config.text) if return_routing else None
     if logits == "none":
-        return StepOut(None, cache)
-    if logits == "last":
-        x_TD = last_of_rows(x_TD, batch)
-    return StepOut(unembed(params, x_TD, config, runtime), cache)
+        return StepOut(None, out.cache, routing)
+    x_TD = last_of_rows(out.x_TD, batch) if logits == "last" else out.x_TD
+    return StepOut(unembed(params, x_TD, config, runtime), out.cache, routing)
 
 
 def forward(
     params: Weights, config: ModelConfig, runtime: Runtime, batch: RaggedBatch, cache: KVCache
-) -> tuple[jax.Array, KVCache]:
-    """Embedding (or a picture's features) and decoder: the stream [T, D] before the final norm."""
+) -> text.Decoded:
+    """Embedding (or a picture's features) and decoder; no final norm."""
     x_TD = params.embed[batch.tokens].astype(runtime.dtype)
     if batch.visual is not None:
         placed = batch.visual.take(batch.visual.rows).astype(runtime.dtype)
@@ -93,5 +101,7 @@ def unembed(params: Weights, x_TD: jax.Array, config: ModelConfig, runtime: Runt
 
 
 jit_step = partial(
-    jax.jit, static_argnames=("config", "runtime", "logits"), donate_argnames=("cache",)
+    jax.jit,
+    static_argnames=("config", "runtime", "logits", "return_routing"),
+    donate_argnames=("cache",),
 )(step)

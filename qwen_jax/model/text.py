@@ -9,15 +9,60 @@ import dataclasses
 from functools import partial
 
 import jax
+import jax.numpy as jnp
+from flax import struct
 
 from qwen_jax.model.attention import attention
 from qwen_jax.model.cache import KVCache, RaggedBatch
 from qwen_jax.model.moe import mlp, moe
 from qwen_jax.model.norm import rms_norm
 from qwen_jax.model.rope import angles
+from qwen_jax.model.routing import no_experts
 from qwen_jax.runtime import Runtime
 from qwen_jax.weights.config import TextConfig
 from qwen_jax.weights.params import Layer, Mlp
+
+
+@struct.dataclass
+class LayerOut:
+    """What a layer makes.
+
+    Attributes:
+        x_TD: the stream behind it.
+        pages, scales: its updated cache.
+        experts: int32 [T, A], where its tokens went (`Routing`); None of a dense layer.
+    """
+
+    x_TD: jax.Array
+    pages: jax.Array
+    scales: jax.Array | None
+    experts: jax.Array | None
+
+
+@struct.dataclass
+class Decoded:
+    """What all layers make.
+
+    Attributes:
+        x_TD: the stream before the final norm.
+        cache: updated.
+        experts: per layer, as in `LayerOut`; a program that does not use them does not keep them.
+    """
+
+    x_TD: jax.Array
+    cache: KVCache
+    experts: tuple[jax.Array | None, ...]
+
+    def routing(self, config: TextConfig) -> jax.Array:
+        """int32 [layers, T, A]: the experts of each token; R where a layer or token has none.
+
+        Raises:
+            ValueError: the model has no experts.
+        """
+        if not config.num_experts:
+            raise ValueError("return_routing: this model is dense, it has no experts to route to")
+        none = no_experts(self.x_TD.shape[0], config)
+        return jnp.stack([none if each is None else each for each in self.experts])
 
 
 @partial(jax.jit, static_argnames=("config", "runtime"))
@@ -31,12 +76,8 @@ def decoder_layer(
     *,
     config: TextConfig,
     runtime: Runtime,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Attention and MLP, each added to the stream. Source: transformers Qwen3MoeDecoderLayer.
-
-    Returns:
-        The stream [T, D] and this layer's updated pages and scales.
-    """
+) -> LayerOut:
+    """Attention and MLP, each added to the stream. Source: transformers Qwen3MoeDecoderLayer."""
     normed = rms_norm(x_TD, weights.attn_norm, config.rms_norm_eps)
     out, pages, scales = attention(
         weights.attn,
@@ -51,10 +92,9 @@ def decoder_layer(
     x_TD = x_TD + out
     normed = rms_norm(x_TD, weights.mlp_norm, config.rms_norm_eps)
     if isinstance(weights.mlp, Mlp):
-        out = mlp(weights.mlp, normed)
-    else:
-        out = moe(weights.mlp, normed, batch.is_token, config, runtime)
-    return x_TD + out, pages, scales
+        return LayerOut(x_TD + mlp(weights.mlp, normed), pages, scales, None)
+    out, routing = moe(weights.mlp, normed, batch.is_token, config, runtime)
+    return LayerOut(x_TD + out, pages, scales, routing.experts)
 
 
 def decode(
@@ -64,20 +104,21 @@ def decode(
     cache: KVCache,
     config: TextConfig,
     runtime: Runtime,
-) -> tuple[jax.Array, KVCache]:
-    """All layers: the stream [T, D] before the final norm, and the updated cache."""
+) -> Decoded:
+    """All layers."""
     rotary = angles(config.rope, config.head_dim, batch.positions)
-    all_pages, all_scales = [], []
+    made: list[LayerOut] = []
     visual = batch.visual
     batch = dataclasses.replace(batch, visual=None)  # no layer depends on its shapes
     for i, (weights, pages, scales) in enumerate(
         zip(layers, cache.pages, cache.scales, strict=True)
     ):
-        x_TD, pages, scales = decoder_layer(
+        out = decoder_layer(
             weights, x_TD, rotary, batch, pages, scales, config=config, runtime=runtime
         )
+        made.append(out)
+        x_TD = out.x_TD
         if visual is not None and i < visual.levels.shape[0]:  # DeepStack, after both residuals
             x_TD = x_TD + visual.take(visual.levels[i]).astype(x_TD.dtype)
-        all_pages.append(pages)
-        all_scales.append(scales)
-    return x_TD, KVCache(tuple(all_pages), tuple(all_scales))
+    cache = KVCache(tuple(out.pages for out in made), tuple(out.scales for out in made))
+    return Decoded(x_TD, cache, tuple(out.experts for out in made))
