@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 
@@ -52,20 +51,6 @@ def lock(folder: pathlib.Path) -> BinaryIO:
     except OSError:
         file.close()
         raise ValueError(
-            f"{folder} is in use by another server; give this one a directory of its own"
+            f"{folder} is in use by another process; give this one a directory of its own"
         ) from None
     return file
-
-
-def repair_lines(path: pathlib.Path) -> Iterator[bytes]:
-    """The whole lines of a file that was appended to; a last one without its end is cut off."""
-    if not path.exists():
-        return
-    whole = 0
-    with open(path, "rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                whole += len(line)
-                yield line
-    if whole < path.stat().st_size:
-        os.truncate(path, whole)

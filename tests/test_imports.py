@@ -181,6 +181,8 @@ qwen_jax.openai.protocol
 qwen_jax.openai.chat_protocol
 qwen_jax.openai.completion_protocol
 qwen_jax.openai.checks
+qwen_jax.openai.batch_lines
+qwen_jax.openai.batch_results
 qwen_jax.openai.calls
 qwen_jax.openai.sampling
 qwen_jax.openai.logprobs

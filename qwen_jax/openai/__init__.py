@@ -6,5 +6,6 @@
 - `chat` (with `chat_choice`), `completions`: a body to prompts, events to replies.
 - `calls`: requests of the engine, seen from the event loop; `sampling`: fields to parameters.
 - `logprobs`: how replies write them.
+- `batch_lines`, `batch_results`: lines of a batch, their answers, and files that lose none.
 - `media`, `fetch`: pictures and videos of messages, and from where they may come.
 """

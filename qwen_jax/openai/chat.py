@@ -67,6 +67,7 @@ class ChatJob:
         raw = parsing.OutputParser(reasoning="off")
         return Choice(
             index,
+            self.id,
             raw if self.body.raw else answerer.llm.inputs.parser(self.prompt, self.tools),
             answerer.llm.tokenizer,
             named=self.named,

@@ -6,7 +6,7 @@ Knows the parser's deltas and how OpenAI writes them; knows neither prompt nor r
 from typing import Any
 
 from qwen_jax.engine.events import Delta
-from qwen_jax.openai.ids import new_id
+from qwen_jax.openai.ids import derived_id
 from qwen_jax.openai.logprobs import chat_logprobs
 from qwen_jax.prompt.parsing import OutputParser
 from qwen_jax.prompt.parsing_tools import ContentDelta, ReasoningDelta, ToolCallDelta
@@ -18,6 +18,7 @@ class Choice:
 
     Args:
         index: among the answers of the request.
+        reply_id: of the whole reply; those of its calls come from it.
         parser: takes its text apart.
         tokenizer: for logprobs.
         named: tool_choice named the function: the reason for the end is "stop" then, as OpenAI's.
@@ -30,6 +31,7 @@ class Choice:
     def __init__(
         self,
         index: int,
+        reply_id: str,
         parser: OutputParser,
         tokenizer: Tokenizer,
         *,
@@ -40,7 +42,8 @@ class Choice:
         with_ids: bool,
     ):
         self.tokens = 0
-        self._index, self._parser, self._tokenizer = index, parser, tokenizer
+        self._index, self._reply_id = index, reply_id
+        self._parser, self._tokenizer = parser, tokenizer
         self._named, self._one_call, self._with_reasoning = named, one_call, with_reasoning
         self._top, self._with_ids = top, with_ids
         self._content: list[str] = []
@@ -87,7 +90,8 @@ class Choice:
     def _add_call(self, index: int, name: str | None, arguments: str) -> None:
         new = self._new.setdefault("tool_calls", [])
         if name is not None:
-            call = {"id": new_id("call_"), "type": "function"}
+            id = derived_id("call_", self._reply_id, self._index, index)
+            call = {"id": id, "type": "function"}
             self._calls.append({**call, "function": {"name": name, "arguments": arguments}})
             function = {"name": name, "arguments": arguments}
             new.append({"index": index, **call, "function": function})

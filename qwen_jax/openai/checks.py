@@ -14,14 +14,15 @@ from qwen_jax.openai.errors import ApiError, of_validation
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 
 
-def parse_json(data: bytes) -> Any:
-    """Strict JSON: no NaN, UTF-8. Raises ApiError."""
+def parse_json(data: bytes | str, what: str = "the body", code: str = "invalid_json") -> Any:
+    """Strict JSON: no NaN, UTF-8. Raises ApiError, about ``what``, with the code."""
     try:
-        return json.loads(data.decode(), parse_constant=_no_constant)
+        text = data if isinstance(data, str) else data.decode()
+        return json.loads(text, parse_constant=_no_constant)
     except RecursionError:
-        raise ApiError(400, "the body is nested too deep", code="invalid_json") from None
+        raise ApiError(400, f"{what} is nested too deep", code=code) from None
     except ValueError as error:  # UnicodeDecodeError, JSONDecodeError, numbers of 5,000 digits
-        raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
+        raise ApiError(400, f"{what} is not JSON: {error}", code=code) from None
 
 
 def validate(kind: type[Model], body: Any, known: Collection[str]) -> Model:

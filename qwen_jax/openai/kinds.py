@@ -10,6 +10,7 @@ from typing import Any
 
 from qwen_jax.openai import chat, chat_protocol, completion_protocol, completions
 from qwen_jax.openai.answerer import Answerer
+from qwen_jax.openai.batch_lines import BatchRequest, Given
 from qwen_jax.openai.chat_protocol import ChatRequest
 from qwen_jax.openai.checks import validate
 from qwen_jax.openai.completion_protocol import CompletionRequest
@@ -55,16 +56,19 @@ KINDS = {
 }
 
 
-async def answer(answerer: Answerer, kind: Kind, body: Any) -> dict[str, Any]:
-    """The whole reply to a body that did not come over HTTP.
+async def answer(answerer: Answerer, request: BatchRequest, given: Given) -> dict[str, Any]:
+    """The whole reply to a line of a batch: the same one whenever it is asked for.
 
     Raises:
         ApiError: there is none.
     """
-    checked = validate(kind.model, body, kind.known)
-    if checked.stream:
+    kind = KINDS[request.url]
+    body = validate(kind.model, request.body, kind.known)
+    if body.stream:
         raise ApiError(400, "stream has no meaning in a batch; leave it out", param="stream")
-    job = await kind.prepare(answerer, checked)
+    body.request_id = body.request_id or given.request_id
+    body.seed = given.seed if body.seed is None else body.seed
+    job = dataclasses.replace(await kind.prepare(answerer, body), created=given.created)
     calls = answerer.new_calls()
     try:
         calls.submit(answerer.llm.engine, kind.jobs(job), request_id=job.id)

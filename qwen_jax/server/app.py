@@ -5,7 +5,7 @@ Server(uvicorn.Config(app, …), service).run()
 """
 
 import contextlib
-import logging
+import functools
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from qwen_jax import durable
 from qwen_jax.openai.errors import ApiError
-from qwen_jax.openai.kinds import KINDS, answer
+from qwen_jax.openai.kinds import answer
 from qwen_jax.server.answers import json_response
 from qwen_jax.server.batch_worker import BatchWorker
 from qwen_jax.server.batches import BatchStore
@@ -27,8 +27,6 @@ from qwen_jax.server.routes import package_version, routes
 from qwen_jax.server.service import Service
 from qwen_jax.server.settings import Settings
 from qwen_jax.server.storage_routes import batch_routes, file_routes
-
-log = logging.getLogger(__name__)
 
 
 def make_app(llm: Any, settings: Settings) -> tuple[Service, ASGIApp]:
@@ -66,20 +64,10 @@ def make_app(llm: Any, settings: Settings) -> tuple[Service, ASGIApp]:
 
 
 def _worker(service: Service, files: FileStore, batches: BatchStore) -> BatchWorker:
-    async def answer_one(endpoint: str, body: Any) -> dict[str, Any]:
-        try:
-            return await answer(service.answerer, KINDS[endpoint], body)
-        except ApiError:
-            raise
-        except Exception:
-            # A fault of ours in one request must not end the batch, nor the worker.
-            log.exception("a request of a batch failed")
-            raise ApiError(500, "internal error") from None
-
     return BatchWorker(
         batches,
         files,
-        answer_one,
+        functools.partial(answer, service.answerer),
         concurrency=service.settings.batch_concurrency,
         max_lines=service.settings.max_batch_lines,
     )

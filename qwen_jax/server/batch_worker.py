@@ -9,20 +9,25 @@ import functools
 import logging
 import pathlib
 import time
-from collections.abc import Awaitable, Callable
 from typing import Any
 
-from qwen_jax import durable
-from qwen_jax.openai.errors import ApiError, encode
+from qwen_jax.openai.batch_lines import (
+    Answer,
+    Batch,
+    answer_line,
+    has_failed,
+    parse_line,
+    read_request,
+    refuse_line,
+)
+from qwen_jax.openai.batch_results import Results
+from qwen_jax.openai.errors import ApiError
 from qwen_jax.openai.ids import new_id
 from qwen_jax.server import batches
 from qwen_jax.server.batches import BatchStore, Line
 from qwen_jax.server.files import FileStore
 
 log = logging.getLogger(__name__)
-
-Answer = Callable[[str, Any], Awaitable[dict[str, Any]]]
-"""(endpoint, body) -> the reply; raises ApiError."""
 
 _RETRY = 0.2  # seconds until a request that found the queue full is tried again
 
@@ -71,7 +76,7 @@ class BatchWorker:
             for batch in self._store.unfinished():
                 try:
                     await self._work_on(batch)
-                except (OSError, ApiError) as error:
+                except (OSError, ValueError, ApiError) as error:
                     log.exception("batch %s failed", batch["id"])
                     self._fail(batch, [{"code": "failed", "message": str(error)}])
             await self._wake.wait()
@@ -101,7 +106,7 @@ class BatchWorker:
     async def _work_off(self, batch: dict[str, Any], path: pathlib.Path, left: list[Line]) -> None:
         """Answers all lines that are left, until the batch is cancelled or expires."""
         waiting = iter(left)
-        async with _Results(self._store.results(batch)) as results:
+        async with Results(self._store.results(batch)) as results:
 
             async def work() -> None:
                 for line in waiting:
@@ -109,7 +114,7 @@ class BatchWorker:
                         return
                     found = await self._answer_line(batch, path, line)
                     await results.add(found)
-                    batch["request_counts"]["failed" if _failed(found) else "completed"] += 1
+                    batch["request_counts"]["failed" if has_failed(found) else "completed"] += 1
 
             try:
                 async with asyncio.TaskGroup() as group:
@@ -121,23 +126,18 @@ class BatchWorker:
     async def _answer_line(
         self, batch: dict[str, Any], path: pathlib.Path, line: Line
     ) -> dict[str, Any]:
-        found: dict[str, Any] = {"id": new_id("batch_req_"), "custom_id": line.custom_id}
+        of = Batch(batch["id"], 0, batch["created_at"])
         if time.time() > batch["expires_at"]:
-            error = {"code": "batch_expired", "message": "the batch's time was over before"}
-            return {**found, "response": None, "error": error}
+            expired = ApiError(400, "the batch's time was over before", code="batch_expired")
+            return refuse_line(of, line.custom_id, expired)
         raw = await asyncio.to_thread(_read, path, line)
-        body = batches.parse_line(raw)["body"]
+        request = read_request(parse_line(raw))
         while True:
             try:
-                status, reply = 200, await self._answer(batch["endpoint"], body)
-            except ApiError as error:
-                if error.status in (429, 503) and error.code != "timeout":
-                    # Of no concern to the batch: it waits, or goes on after the restart.
-                    await asyncio.sleep(_RETRY)
-                    continue
-                status, reply = error.status, error.body()
-            response = {"status_code": status, "request_id": new_id("req_"), "body": reply}
-            return {**found, "response": response, "error": None}
+                return await answer_line(self._answer, request, of)
+            except ApiError:
+                # Of no concern to the line: it waits, or goes on after the restart.
+                await asyncio.sleep(_RETRY)
 
     def _finalize(self, batch: dict[str, Any]) -> None:
         """Hands the results over as files; may be repeated after a crash in the middle."""
@@ -169,50 +169,6 @@ class BatchWorker:
     def _fail(self, batch: dict[str, Any], problems: list[dict[str, Any]]) -> None:
         batch["errors"] = {"object": "list", "data": problems}
         self._store.move(batch, "failed")
-
-
-class _Results:
-    """Appends finished lines to the output and the error file; lines that come together are made
-    durable together."""
-
-    def __init__(self, paths: tuple[pathlib.Path, pathlib.Path]):
-        self._paths = paths
-        self._lock = asyncio.Lock()
-        self._new: list[dict[str, Any]] = []
-        self._writing: asyncio.Future[None] | None = None
-
-    async def __aenter__(self) -> "_Results":
-        self._files = [open(path, "ab") for path in self._paths]  # noqa: SIM115
-        durable.sync_folder(self._paths[0].parent)
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        if self._writing is not None:
-            await asyncio.wait((self._writing,))
-        for file in self._files:
-            file.close()
-
-    async def add(self, found: dict[str, Any]) -> None:
-        """Returns when the line is on the disk."""
-        self._new.append(found)
-        async with self._lock:
-            if self._new:
-                new, self._new = self._new, []
-                self._writing = asyncio.ensure_future(asyncio.to_thread(self._write, new))
-                # A stop does not cut it off in the middle.
-                await asyncio.shield(self._writing)
-
-    def _write(self, lines: list[dict[str, Any]]) -> None:
-        for index, file in enumerate(self._files):
-            own = [line for line in lines if _failed(line) == bool(index)]
-            if own:
-                file.write(b"".join(encode(line) + b"\n" for line in own))
-                durable.sync(file)
-
-
-def _failed(line: dict[str, Any]) -> bool:
-    response = line["response"]
-    return response is None or response["status_code"] != 200
 
 
 def _read(path: pathlib.Path, line: Line) -> bytes:

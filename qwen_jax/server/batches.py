@@ -14,13 +14,14 @@ from collections.abc import Collection
 from typing import Any
 
 from qwen_jax import durable
+from qwen_jax.openai.batch_lines import came_before, parse_line, read_request
+from qwen_jax.openai.batch_results import read_results
 from qwen_jax.openai.errors import ApiError
 from qwen_jax.openai.ids import new_id
 
 OPEN = ("validating", "in_progress", "finalizing", "cancelling")
 _ID = re.compile(r"batch_[0-9a-f]{32}")
 _MAX_ERRORS = 50
-_MAX_ID = 512  # characters of a custom_id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,43 +126,11 @@ def read_lines(
 
 
 def _line(raw: bytes, start: int, endpoint: str, seen: set[str]) -> Line:
-    found = parse_line(raw)
-    custom_id = found.get("custom_id")
-    if not isinstance(custom_id, str) or not custom_id or len(custom_id) > _MAX_ID:
-        raise ApiError(
-            400,
-            f"custom_id must be a text of 1 to {_MAX_ID} characters",
-            param="custom_id",
-            code="missing_required_parameter",
-        )
+    custom_id = read_request(parse_line(raw), (endpoint,)).custom_id
     if custom_id in seen:
-        raise ApiError(
-            400,
-            f"custom_id {custom_id[:80]!r} came before",
-            param="custom_id",
-            code="duplicate_custom_id",
-        )
-    if found.get("method") != "POST":
-        raise ApiError(400, 'method must be "POST"', param="method", code="invalid_method")
-    if found.get("url") != endpoint:
-        raise ApiError(
-            400, f"url must be the batch's endpoint {endpoint}", param="url", code="mismatched_url"
-        )
-    if not isinstance(found.get("body"), dict):
-        raise ApiError(400, "body must be a JSON object", param="body", code="invalid_body")
+        raise came_before(custom_id)
     seen.add(custom_id)
     return Line(custom_id, start, len(raw))
-
-
-def parse_line(raw: bytes) -> dict[str, Any]:
-    """The object of a line; ApiError where it is none."""
-    try:
-        found = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"not JSON: {error}", code="invalid_json_line") from None
-    if not isinstance(found, dict):
-        raise ApiError(400, "not a JSON object", code="invalid_json_line")
-    return found
 
 
 def _problem(error: ApiError, number: int) -> dict[str, Any]:
@@ -174,7 +143,5 @@ def _problem(error: ApiError, number: int) -> dict[str, Any]:
 
 
 def finished(paths: Collection[pathlib.Path]) -> list[list[str]]:
-    """The custom_ids that each of the files holds; torn last lines are cut off."""
-    return [
-        [json.loads(line)["custom_id"] for line in durable.repair_lines(path)] for path in paths
-    ]
+    """The custom_ids that each of the files holds; what is torn at their ends is cut off."""
+    return [[line["custom_id"] for line in read_results(path)] for path in paths]
