@@ -2,22 +2,29 @@
 
     python scripts/compile_kernels.py --device v6e --match 30B-A3B/ep8 --out compiled.json
 
-Needs the extra "aot" (libtpu) for TPUs. One process per device compiles one program after another;
-a program that takes longer than --timeout is given up with its process, and said to be. Ends with
-status 1 if any program failed. The list is each operation's own: `pallas_kernels.<op>.cases`.
+Needs the extra "aot" (libtpu) for TPUs, "gpu" for h200. One process per device compiles one program
+after another; a program that takes longer than --timeout is given up with its process, and said to
+be. Ends with status 1 if any program failed. The list is each operation's own:
+`pallas_kernels.<op>.cases`. For h200 each kernel's registers, spills and shared memory are told
+(`pallas_kernels.gpu_report`), and its instructions if `nvdisasm` is on the PATH.
 """
 
 import argparse
+import dataclasses
 import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
+import pathlib
 import re
 import sys
+import tempfile
 import time
 
 OPS = ("ragged_dot", "paged_attention", "segment_attention")
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
+DEVICES = (*TOPOLOGIES, "h200")
 # What libtpu asks for before it believes that no TPU is here.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -33,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     os.environ.update(ENVIRONMENT)
     results = []
-    for device in args.device or TOPOLOGIES:
+    for device in args.device or compilable():
         results += compile_for(device, args)
     failed = [r for r in results if "error" in r]
     seconds = sum(r["seconds"] for r in results)
@@ -49,11 +56,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--op", action="append", choices=OPS, help="default: all")
-    parser.add_argument("--device", action="append", choices=TOPOLOGIES, help="default: all")
+    parser.add_argument("--device", action="append", choices=DEVICES, help="default: all")
     parser.add_argument("--match", default="", help="a regular expression found in the name")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one program")
     parser.add_argument("--out", help="JSON file for the results")
     return parser.parse_args(argv)
+
+
+def compilable() -> list[str]:
+    """The devices whose compiler is installed."""
+    tpu = importlib.util.find_spec("libtpu") is not None
+    gpu = importlib.util.find_spec("jax_cuda13_plugin") is not None
+    for missing, extra in ((not tpu, "aot"), (not gpu, "gpu")):
+        if missing:
+            print(f'nothing is compiled for want of the extra "{extra}"', file=sys.stderr)
+    return [*(TOPOLOGIES if tpu else ()), *(("h200",) if gpu else ())]
 
 
 def compile_for(device: str, args: argparse.Namespace) -> list[dict]:
@@ -92,25 +109,45 @@ def listen(ours, process, device: str, timeout: float) -> tuple[list[dict], str 
         if kind == "done":
             break
         results.append(value)
-        state = value.get("error", "").splitlines()[:1] or f"{value['temporary']:,} B temporary"
-        print(f"{device} {value['name']}: {value['seconds']:.1f} s, {state}", flush=True)
+        print(f"{device} {value['name']}: {value['seconds']:.1f} s, {summary(value)}", flush=True)
     process.kill()
     process.join()
     return results, pending
 
 
+def summary(result: dict) -> str:
+    """What came of one program, in a line."""
+    if "error" in result:
+        return (result["error"].splitlines() or ["no reason given"])[0]
+    kernels = [
+        f"{k['kernel']}: {k['registers']} registers, {k['spilled']} B spilled, "
+        f"{k['shared']} B shared" + (", products serialized" if k["serialized"] else "")
+        for k in result["kernels"]
+    ]
+    return "; ".join([f"{result['temporary']:,} B temporary", *kernels])
+
+
 def worker(pipe, device: str, ops: list[str] | None, match: str, skip: int) -> None:
     """Compiles what matches, but for the first ``skip``, and tells the pipe about each."""
-    mesh = chip(device)
-    for program in listed(mesh, ops, match)[skip:]:
-        pipe.send(("start", program.name))
-        started = time.perf_counter()
-        result = {"device": device, "name": program.name}
-        try:
-            result["temporary"] = compiled(program, mesh).memory_analysis().temp_size_in_bytes
-        except (RuntimeError, ValueError, NotImplementedError) as error:
-            result["error"] = f"{type(error).__name__}: {error}"
-        pipe.send(("result", {**result, "seconds": time.perf_counter() - started}))
+    from pallas_kernels import gpu_report
+
+    with tempfile.TemporaryDirectory() as dump:
+        os.environ["MOSAIC_GPU_DUMP_TO"] = dump
+        mesh = chip(device)
+        for program in listed(mesh, ops, match)[skip:]:
+            pipe.send(("start", program.name))
+            started = time.perf_counter()
+            result = {"device": device, "name": program.name}
+            try:
+                memory = compiled(program, mesh).memory_analysis()
+                result["temporary"] = memory.temp_size_in_bytes
+                reports = gpu_report.read(pathlib.Path(dump))
+                result["kernels"] = [dataclasses.asdict(report) for report in reports]
+            except (RuntimeError, ValueError, NotImplementedError) as error:
+                result["error"] = f"{type(error).__name__}: {error}"
+            pipe.send(("result", {**result, "seconds": time.perf_counter() - started}))
+            for old in pathlib.Path(dump).iterdir():
+                old.unlink()
     pipe.send(("done", None))
 
 
@@ -120,7 +157,12 @@ def chip(device: str):
     from jax.experimental import topologies
     from jax.sharding import AxisType, Mesh
 
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[device])
+    from pallas_kernels import hopper
+
+    if device == "h200":
+        topology = hopper.h200()
+    else:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[device])
     return Mesh(np.array(topology.devices[:1]), ("one",), axis_types=(AxisType.Auto,))
 
 

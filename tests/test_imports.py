@@ -17,6 +17,8 @@ pallas_kernels.precision
 pallas_kernels.tuning
 pallas_kernels.program
 pallas_kernels.tpu_schedule
+pallas_kernels.hopper
+pallas_kernels.gpu_report
 pallas_kernels.narrow
 pallas_kernels.buffers
 pallas_kernels.ragged_dot.facts

@@ -23,6 +23,8 @@ BATCHES = {"1024": (1024, 1), "4096": (4096, 1), "16384": (16384, 1), "video-163
 
 def programs(device: Device) -> Iterator[Program]:
     """Every batch through every tower's attention, in bfloat16."""
+    if device.platform != "tpu":
+        return
     for batch, (U, segments) in BATCHES.items():
         for tower, (N, H) in TOWERS.items():
             if tpu.supports(device, Facts(N, H, "bfloat16")) is None:
