@@ -220,3 +220,17 @@ def test_letters_of_the_result_may_stand_in_any_order():
     out = einsum("td,dnh->hnt", x, w)
     expected = np.einsum("td,dnh->hnt", x, np.asarray(dequantize(w, jnp.float32)))
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "x", "w"),
+    [
+        ("TNH,NHD->TD", (2, 16, 64), (16, 64, 128)),  # "NH" is not in alphabetical order
+        ("UCZYX,CZYXD->UD", (4, 3, 2, 16, 16), (3, 2, 16, 16, 96)),
+    ],
+)
+def test_a_weight_is_multiplied_as_it_lies_in_memory(spec, x, w):
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x, w)]
+    product = jax.jit(lambda x, w: quant.einsum(spec, x, w)).lower(*shapes).compile()
+    temporary = product.memory_analysis().temp_size_in_bytes
+    assert temporary < 4 * np.prod(w), "a transposed copy of the weight"

@@ -8,6 +8,7 @@ quantising per output channel gives a block as long as the contracted axis.
 
 import math
 from collections.abc import Sequence
+from string import ascii_uppercase
 from typing import Any
 
 import jax
@@ -144,6 +145,12 @@ def einsum(spec: str, x: jax.Array, w: Weight, out_dtype=None) -> jax.Array:
 
 
 def _product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    # jnp.einsum contracts in alphabetical order: under letters that are not w's own order ("NHD"),
+    # the weight is transposed in memory on every call. So its axes are called A, B, C, …
+    letters = spec.split("->")[0].split(",")[1]
+    others = [letter for letter in spec if letter.isalpha() and letter not in letters]
+    names = {ord(c): ascii_uppercase[i] for i, c in enumerate([*letters, *dict.fromkeys(others)])}
     # TPUs and GPUs multiply float32 in fewer bits by default; who asks for float32 wants it exact.
-    precision = exact(x)
-    return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        spec.translate(names), x, w, precision=exact(x), preferred_element_type=jnp.float32
+    )
