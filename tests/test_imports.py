@@ -168,6 +168,7 @@ qwen_jax.engine.offline
 qwen_jax.planner
 qwen_jax.planner.chips
 qwen_jax.planner.collectives
+qwen_jax.planner.program_text
 qwen_jax.planner.compiled
 qwen_jax.planner.plan
 qwen_jax.planner.check

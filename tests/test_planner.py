@@ -14,8 +14,9 @@ from qwen_jax import cli
 from qwen_jax.model.cache import abstract_cache, make_cache
 from qwen_jax.planner.chips import CHIPS, Topology
 from qwen_jax.planner.collectives import imbalance, of_step
-from qwen_jax.planner.compiled import collectives_of, compile_step, copies_of
+from qwen_jax.planner.compiled import compile_step
 from qwen_jax.planner.plan import Load, abstract_runtime, make_plan
+from qwen_jax.planner.program_text import calls_of, collectives_of, copies_of
 from qwen_jax.planner.search import meshes, propose, rank, search
 from qwen_jax.runtime import Runtime
 from qwen_jax.weights import checkpoint, derive, presets
@@ -150,19 +151,47 @@ def test_sent_bytes_are_those_of_a_ring():
 
 def test_text_of_a_program_is_read():
     text = """
+ENTRY %main (x: bf16[64,2048]) -> f32[4] {
   %a = bf16[64,2048]{1,0:T(8,128)} all-reduce(%x), channel_id=1
   %b = (bf16[8,4]{1,0}, bf16[64,4]{1,0}) all-gather-start(%y), channel_id=2
   %c = (f32[16]{0}, f32[16]{0}) all-reduce(%z, %w)
   %d = bf16[64,4]{1,0} all-gather-done(%b)
-  %e = f8e4m3fn[1024,2048]{1,0} copy(%w1)
-  %f = f32[4]{0} copy(%w2)
+  %k.2 = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call"
+}
 """
     assert collectives_of(text) == {
         ("all-reduce", 64 * 2048 * 2): 1,
         ("all-gather", 64 * 4 * 2): 1,
         ("all-reduce", 2 * 16 * 4): 1,
     }
-    assert copies_of(text) == [1024 * 2048]
+    assert calls_of(text) == {"k": 1}
+
+
+def test_a_copy_is_what_writes_to_memory_again_and_nothing_else():
+    text = """
+%order (p: bf16[1024,3072]) -> bf16[1024,3072] {
+  %p = bf16[1024,3072]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %g = bf16[1024,3072]{0,1:T(8,128)(2,1)} copy(%p)
+}
+%product (q: bf16[1024,3072]) -> bf16[1024,3072] {
+  %q = bf16[1024,3072]{1,0:T(8,128)(2,1)} parameter(0)
+  %h = bf16[1024,3072]{0,1:T(8,128)(2,1)} fusion(%q), kind=kLoop, calls=%order
+  ROOT %i = bf16[1024,3072]{0,1:T(8,128)(2,1)} multiply(%h, %h)
+}
+%moved (r: bf16[1024,5120]) -> bf16[5120,1024] {
+  %r = bf16[1024,5120]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %j = bf16[5120,1024]{1,0:T(8,128)(2,1)} transpose(%r), dimensions={1,0}
+}
+ENTRY %main (w: bf16[1024,3072], x: bf16[1024,5120], y: f8e4m3fn[1024,2048]) -> f32[4] {
+  %a = f8e4m3fn[1024,2048]{1,0} copy(%y)
+  %b = f32[4]{0} copy(%z)
+  %c = bf16[1024,3072]{0,1:T(8,128)(2,1)} fusion(%w), kind=kOutput, calls=%product
+  %d = bf16[5120,1024]{1,0:T(8,128)(2,1)} fusion(%x), kind=kLoop, calls=%moved
+  %e = (bf16[1024,3072]{1,0:T(8,128)S(1)}, bf16[1024,3072]{1,0}, u32[]{:S(2)}) copy-start(%w)
+  ROOT %f = (bf16[1024,4096]{1,0:T(8,128)}, bf16[1024,4096]{1,0}, u32[]{:S(2)}) copy-start(%v)
+}
+"""
+    assert copies_of(text) == [1024 * 5120 * 2, 1024 * 4096 * 2, 1024 * 2048]
 
 
 def test_one_token_reads_its_experts_from_few_devices():

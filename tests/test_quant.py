@@ -234,3 +234,56 @@ def test_a_weight_is_multiplied_as_it_lies_in_memory(spec, x, w):
     product = jax.jit(lambda x, w: quant.einsum(spec, x, w)).lower(*shapes).compile()
     temporary = product.memory_analysis().temp_size_in_bytes
     assert temporary < 4 * np.prod(w), "a transposed copy of the weight"
+
+
+# ---- what a TPU does in place of it ------------------------------------------------------------
+
+
+def by_hand_of_tpu(spec, x, w):
+    """What `einsum` compiles to on a TPU, run here."""
+    with pytest.MonkeyPatch.context() as patch:
+        choose = lambda *args, tpu, default: tpu(*args)
+        patch.setattr(quant.lax, "platform_dependent", choose)
+        return quant.einsum(spec, x, w, jnp.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(
+    ("spec", "sizes", "blocks"),
+    [
+        ("TD,DNH->TNH", {"D": 256, "N": 3, "H": 64}, (128, 1, 64)),
+        ("TD,DPI->TPI", {"D": 256, "P": 2, "I": 200}, (64, 1, 128)),
+        ("TI,ID->TD", {"I": 96, "D": 160}, (32, 128)),
+    ],
+)
+def test_on_a_tpu_sums_of_blocks_are_scaled_and_no_weight_is_rounded(spec, sizes, blocks, rows):
+    left, letters = spec.split("->")[0].split(",")
+    stored = quantize(jnp.asarray(weights([sizes[c] for c in letters], seed=3)), blocks, "fp8")
+    x = np.random.default_rng(4).standard_normal([{**sizes, "T": rows}[c] for c in left])
+    x = jnp.asarray(x, jnp.bfloat16)
+    exact = np.asarray(stored.values, np.float64)
+    exact = exact * oracle_spread(stored.scale, exact.shape, stored.blocks)
+    wide = np.asarray(x, np.float64)
+    error = np.abs(by_hand_of_tpu(spec, x, stored) - np.einsum(spec, wide, exact))
+    terms = x.shape[1]
+    limit = terms * rounding("float32") * np.einsum(spec, np.abs(wide), np.abs(exact))
+    assert (error <= limit).all(), (error / limit).max()
+
+
+def test_on_a_tpu_one_row_has_company_and_many_rows_meet_dequantised_weights():
+    def products(rows, platform, w):
+        x = jnp.ones((rows, 256), jnp.bfloat16)
+        traced = jax.jit(lambda x, w: quant.einsum("TD,DNH->TNH", x, w)).trace(x, w)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        return [line.split("->")[-1].strip() for line in text.splitlines() if "dot_general" in line]
+
+    plain = jnp.ones((256, 3, 64), jnp.bfloat16)
+    assert products(1, "cpu", plain)[0].startswith("tensor<1x3x64")
+    assert products(1, "tpu", plain)[0].startswith("tensor<2x3x64")
+    blocked = quantize(jnp.ones((256, 3, 64)), (128, 1, 64), "fp8")
+    for rows, platform, shape in [
+        (5, "tpu", "2x5x3x64"),
+        (5, "cpu", "5x3x64"),
+        (quant.MOST_SPLIT_ROWS + 1, "tpu", f"{quant.MOST_SPLIT_ROWS + 1}x3x64"),
+    ]:
+        assert products(rows, platform, blocked)[0].startswith(f"tensor<{shape}x")

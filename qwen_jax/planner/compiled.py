@@ -1,14 +1,11 @@
 """The same figures from the compiled program of a TPU topology; no TPU is needed, libtpu is.
 
-Knows how a step is lowered for devices that are not here, and how to read what the compiler made.
+Knows how a step is lowered for devices that are not here; `program_text` reads what comes of it.
 """
 
-import collections
 import dataclasses
 import importlib.util
-import math
 import os
-import re
 import time
 from typing import Any
 
@@ -19,19 +16,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen_jax.model.cache import RaggedBatch, abstract_cache
 from qwen_jax.model.step import jit_step
+from qwen_jax.planner.program_text import calls_of, collectives_of, copies_of
 from qwen_jax.runtime import Runtime
 from qwen_jax.weights import derive
 from qwen_jax.weights.config import ModelConfig
-
-_BITS = re.compile(r"[a-z]+(\d+)")
-_SHAPE = re.compile(r"(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
-_COLLECTIVE = re.compile(
-    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|"
-    r"collective-permute)(-start)?\("
-)
-# "%ragged_dot_bfloat16.2 = f32[...] custom-call(...), custom_call_target="tpu_custom_call"
-_CALL = re.compile(r'%(\w+)\S* = .* custom-call\(.*custom_call_target="tpu_custom_call"')
-_COPY = re.compile(r"= (\w+)\[([\d,]+)\]\S* copy(?:-start)?\(")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,31 +118,3 @@ def compile_step(config: ModelConfig, runtime: Runtime, **sizes: int) -> Compile
         calls=calls_of(text),
         seconds=seconds,
     )
-
-
-def collectives_of(text: str) -> dict[tuple[str, int], int]:
-    """(op, bytes of its result on a device) -> how often, from a compiled program's text."""
-    found: collections.Counter = collections.Counter()
-    for result, op, started in _COLLECTIVE.findall(text):
-        shapes = [_bytes(*shape) for shape in _SHAPE.findall(result)]
-        # What is started has its operands beside its results.
-        size = max(shapes) if started else sum(shapes)
-        found[op, size] += 1
-    return dict(found)
-
-
-def copies_of(text: str, *, least: int = 1 << 20) -> list[int]:
-    """Bytes of the arrays of at least ``least`` bytes that a compiled program copies."""
-    sizes = [_bytes(*shape) for shape in _COPY.findall(text)]
-    return sorted((n for n in sizes if n >= least), reverse=True)
-
-
-def calls_of(text: str) -> dict[str, int]:
-    """Pallas kernel -> how often a compiled program for TPU calls it."""
-    return dict(sorted(collections.Counter(_CALL.findall(text)).items()))
-
-
-def _bytes(dtype: str, shape: str) -> int:
-    bits = _BITS.match(dtype)
-    width = max(1, int(bits[1]) // 8) if bits else 1
-    return width * math.prod(int(n) for n in shape.split(",") if n)

@@ -6,6 +6,7 @@ weight it stands for: axis i of ``scale`` holds one entry per ``blocks[i]`` elem
 quantising per output channel gives a block as long as the contracted axis.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from string import ascii_uppercase
@@ -15,10 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax import lax
 
 from pallas_kernels.precision import exact
 
 FORMATS = {"fp8": (jnp.float8_e4m3fn, 448.0), "int8": (jnp.int8, 127.0)}
+# Rows up to which a TPU scales sums of blocks: from there on dequantising is less work.
+MOST_SPLIT_ROWS = 256
 
 
 @struct.dataclass
@@ -121,30 +125,94 @@ def einsum(spec: str, x: jax.Array, w: Weight, out_dtype=None) -> jax.Array:
     """``jnp.einsum(spec, x, w)``, accumulated in float32, rounded to ``out_dtype`` (x's dtype).
 
     A weight with a single scale along every contracted axis is multiplied as it is stored and
-    scaled afterwards, which is exact; another is dequantised to x's dtype first (one rounding).
+    scaled afterwards, which is exact. Another is dequantised to x's dtype first (one rounding), but
+    on a TPU the sums of blocks are scaled instead where they can be, which is exact too.
 
     Args:
-        spec: one letter per axis, no ellipsis; every letter of the result is in x or in w.
+        spec: one capital letter per axis, no ellipsis; every letter of the result is in x or in w.
         x: float.
         w: plain or quantised.
     """
+    out_dtype = out_dtype or x.dtype
     if not isinstance(w, QArray):
-        return _product(spec, x, w).astype(out_dtype or x.dtype)
-    operands, result = spec.split("->")
-    letters = operands.split(",")[1]
+        return _product(spec, x, w).astype(out_dtype)
+    letters, result = spec.split(",")[1].split("->")
     contracted = [i for i, letter in enumerate(letters) if letter not in result]
-    if any(w.scale.shape[i] > 1 for i in contracted):
-        return einsum(spec, x, dequantize(w, x.dtype), out_dtype)
+    scaled = [i for i in contracted if w.scale.shape[i] > 1]
+    if scaled:
+        rows = math.prod(x.shape) // math.prod(w.shape[i] for i in contracted)
+        whole = functools.partial(_dequantized, spec)
+        split = whole
+        if rows <= MOST_SPLIT_ROWS and len(scaled) == 1 and _splits(w, *scaled):
+            split = functools.partial(_sum_of_blocks, spec, axis=scaled[0])
+        return lax.platform_dependent(x, w, tpu=split, default=whole).astype(out_dtype)
     out = _product(spec, x, w.values.astype(x.dtype))
     scale = spread(w.scale.astype(jnp.float32), w.shape, w.blocks)
+    return (out * _as_result(scale, letters, result)).astype(out_dtype)
+
+
+def _dequantized(spec: str, x: jax.Array, w: QArray) -> jax.Array:
+    return _product(spec, x, dequantize(w, x.dtype))
+
+
+def _splits(w: QArray, axis: int) -> bool:
+    return w.blocks[axis] > 1 and w.shape[axis] % w.blocks[axis] == 0
+
+
+def _sum_of_blocks(spec: str, x: jax.Array, w: QArray, *, axis: int) -> jax.Array:
+    """Contracts each block of an axis of w by itself, scales, and adds up: float32.
+
+    XLA:TPU adds within the product. Dequantising [D, N, H] is a pass of its own there, because the
+    axis that is summed lies outside of the tiles: 8 rows of 2048 by [2048, 32, 128] on v6e take
+    13,500 cycles in blocks and 87,000 dequantised, by the compiler's own estimate.
+    """
+    rows, letters = spec.split("->")[0].split(",")
+    result, letter, size = spec.split("->")[1], letters[axis], w.blocks[axis]
+    place = rows.index(letter)
+    x = x.reshape(*x.shape[:place], -1, size, *x.shape[place + 1 :])
+    values = w.values.reshape(*w.shape[:axis], -1, size, *w.shape[axis + 1 :])
+    split = [part.replace(letter, f"b{letter}") for part in (rows, letters)]
+    out = _product(f"{','.join(split)}->b{result}", x, values.astype(x.dtype))
+    shape = (*w.shape[:axis], w.scale.shape[axis], *w.shape[axis + 1 :])
+    blocks = (*w.blocks[:axis], 1, *w.blocks[axis + 1 :])
+    scale = spread(w.scale.astype(jnp.float32), shape, blocks)
+    return jnp.sum(out * _as_result(scale, letters.replace(letter, "b"), f"b{result}"), axis=0)
+
+
+def _as_result(scale: Any, letters: str, result: str) -> jax.Array:
+    """A scale with axes ``letters``, those that are not in ``result`` of size 1, in its order."""
     kept = "".join(letter for letter in result if letter in letters)
     size = dict(zip(letters, scale.shape, strict=True))
-    scale = jnp.einsum(f"{letters}->{kept}", scale)  # contracted axes have size 1
-    out = out * scale.reshape([size.get(letter, 1) for letter in result])
-    return out.astype(out_dtype or x.dtype)
+    scale = jnp.einsum(f"{letters}->{kept}", scale)
+    return scale.reshape([size.get(letter, 1) for letter in result])
 
 
 def _product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    product = functools.partial(_exact_product, spec)
+    rows, letters = spec.split("->")[0].split(",")
+    own = [i for i, letter in enumerate(rows) if letter not in letters]
+    if len(own) != 1 or x.shape[own[0]] != 1:
+        return product(x, w)
+    place = own[0], spec.split("->")[1].index(rows[own[0]])
+    return lax.platform_dependent(
+        x, w, tpu=functools.partial(_with_another_row, product, place), default=product
+    )
+
+
+def _with_another_row(product, place: tuple[int, int], x: jax.Array, w: jax.Array) -> jax.Array:
+    """The product of one row, which XLA:TPU would take without the matrix unit if it were alone.
+
+    (On v6e 73,800 cycles instead of 8,100 for one row of 2048 by [2048, 32, 128].)
+
+    Args:
+        product: of x and w.
+        place: the row's axis in x and in the product.
+    """
+    pad = [(0, int(axis == place[0])) for axis in range(x.ndim)]
+    return lax.slice_in_dim(product(jnp.pad(x, pad), w), 0, 1, axis=place[1])
+
+
+def _exact_product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     # jnp.einsum contracts in alphabetical order: under letters that are not w's own order ("NHD"),
     # the weight is transposed in memory on every call. So its axes are called A, B, C, …
     letters = spec.split("->")[0].split(",")[1]
