@@ -27,6 +27,12 @@ pallas_kernels.ragged_dot.tpu_product
 pallas_kernels.ragged_dot.tpu_kernel
 pallas_kernels.ragged_dot.tpu_config
 pallas_kernels.ragged_dot.tpu
+pallas_kernels.ragged_dot.gpu_items
+pallas_kernels.ragged_dot.gpu_config
+pallas_kernels.ragged_dot.gpu_product
+pallas_kernels.ragged_dot.gpu_refs
+pallas_kernels.ragged_dot.gpu_kernel
+pallas_kernels.ragged_dot.gpu
 pallas_kernels.ragged_dot.xla
 pallas_kernels.ragged_dot
 pallas_kernels.ragged_dot.cases

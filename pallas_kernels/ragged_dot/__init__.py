@@ -1,7 +1,7 @@
 """Routed expert products: each row times the matrix of its own expert, SwiGLU fused if wanted.
 
 Knows rows sorted by expert, group sizes and quantisation scales; knows no router, no mesh and no
-layer. Implementations: `tpu` (Mosaic) and `xla`. This module checks what they all rely on.
+layer. Implementations: `tpu` and `gpu` (Mosaic) and `xla`. This module checks what all rely on.
 """
 
 import math
@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import registry
-from pallas_kernels.ragged_dot import tpu, xla
+from pallas_kernels.ragged_dot import gpu, tpu, xla
 from pallas_kernels.ragged_dot.facts import Facts as Facts
 
 registry.register(tpu.IMPL)
+registry.register(gpu.IMPL)
 registry.register(xla.IMPL)
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "int8")
