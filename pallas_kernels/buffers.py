@@ -28,6 +28,17 @@ def zeros_after(x: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
     return jnp.broadcast_to(hidden_zero(x).astype(dtype), shape)
 
 
+def in_own_loop(y: jax.Array, after: jax.Array) -> jax.Array:
+    """``y`` (float32) itself, computed in one loop of its own, apart from what consumes it.
+
+    XLA:CPU hands sums and products, with all that stands before them, to a library that takes
+    slices as copies only, and turns the operands of a product as it likes. The library knows no
+    integers, so y passes through them, changed by a hidden zero of ``after`` (not empty).
+    """
+    bits = lax.bitcast_convert_type(y, jnp.int32) ^ hidden_zero(after)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
 def map_rows(fn: Callable[..., Any], *rows: jax.Array, tile: int) -> Any:
     """``fn(*rows)``, for a function that keeps rows apart, ``tile`` rows at a time.
 

@@ -22,7 +22,8 @@ REAL_BLOCK = xla.BLOCK
 
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks():
-    """Two pages per block, tall tiles of 5 tokens, 3 lanes: small cases then cross every border."""
+    """Two pages per block (one for one token), tall tiles of 5 tokens, 3 lanes: small cases then
+    cross every border."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(xla, "BLOCK", 2 * PAGE)
         patch.setattr(xla, "TALL_ROWS", 20)
@@ -206,8 +207,9 @@ def test_no_page_is_read_behind_the_block_a_tile_ends_in(lens, monkeypatch):
     monkeypatch.setattr(xla, "LANES", {"cpu": 1, "default": 1})
     jax.block_until_ready(jax.jit(lambda *args: call(*args))(*make(*lens).args()))
     jax.effects_barrier()
-    want, block, tall = 0, 2 * PAGE, 5
+    want, tall = 0, 5
     for q_len, kv_len in zip(*lens, strict=True):
+        block = PAGE if q_len == 1 else 2 * PAGE
         for start in range(0, q_len, tall):
             seen = kv_len - q_len + min(start + tall, q_len)
             want += -(-seen // block) * block

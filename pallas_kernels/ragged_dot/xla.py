@@ -25,7 +25,7 @@ from flax import struct
 from jax import lax
 
 from pallas_kernels import narrow, registry
-from pallas_kernels.buffers import hidden_zero, zeros_after
+from pallas_kernels.buffers import in_own_loop, zeros_after
 from pallas_kernels.device import Device
 from pallas_kernels.precision import exact
 from pallas_kernels.ragged_dot.facts import Facts
@@ -178,19 +178,8 @@ def _rows_by_strips(x_MD, experts, e, first, *, height, padded):
     y = functools.reduce(jnp.add, terms)
     if experts.scale is not None:
         y = y * experts.scales(e, J).swapaxes(0, 1)[:, None]
-    y = _own_loop(y, hidden_zero(first)).sum(0)
+    y = in_own_loop(y, first).sum(0)  # apart from its sum, or w would be copied
     return jnp.pad(_activate(list(y.swapaxes(0, 1))), ((0, padded - height), (0, 0)))
-
-
-def _own_loop(y, zero):
-    """``y`` itself, computed in one loop of its own, apart from the sum that consumes it.
-
-    XLA:CPU hands sums, with all the products before them, to a library that takes slices as copies
-    only: it would copy w. The library knows no integers, so y passes through them, changed by a
-    hidden ``zero``.
-    """
-    bits = lax.bitcast_convert_type(y, jnp.int32) ^ zero
-    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _wide(x_MD, experts, spans, out_dtype):
