@@ -83,24 +83,23 @@ def compile_for(device: str, args: argparse.Namespace) -> list[dict]:
         process = context.Process(target=worker, args=work, daemon=True)
         process.start()
         theirs.close()
-        found, pending = listen(ours, process, device, args.timeout)
+        found, pending, error = listen(ours, process, device, args.timeout)
         results += found
         if pending is None:
             return results
-        results.append(
-            {"device": device, "name": pending, "seconds": args.timeout, "error": "slow"}
-        )
-        print(f"{device} {pending}: given up after {args.timeout:.0f} s", flush=True)
+        results.append({"device": device, "name": pending, "seconds": 0.0, "error": error})
+        print(f"{device} {pending}: {error}", flush=True)
         skip = len(results)
 
 
-def listen(ours, process, device: str, timeout: float) -> tuple[list[dict], str | None]:
-    """Results until the worker is done (then None), or the program it hangs in."""
-    results, pending = [], None
+def listen(ours, process, device: str, timeout: float) -> tuple[list[dict], str | None, str]:
+    """Results until the worker is done (then None), or the program it ends in, and how."""
+    results, pending, error = [], None, f"given up after {timeout:.0f} s"
     while ours.poll(timeout):
         try:
             kind, value = ours.recv()
         except EOFError:
+            error = "the compiler's process died of it"
             break
         if kind == "start":
             pending = value
@@ -112,7 +111,7 @@ def listen(ours, process, device: str, timeout: float) -> tuple[list[dict], str 
         print(f"{device} {value['name']}: {value['seconds']:.1f} s, {summary(value)}", flush=True)
     process.kill()
     process.join()
-    return results, pending
+    return results, pending, error
 
 
 def summary(result: dict) -> str:

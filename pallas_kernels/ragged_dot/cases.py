@@ -12,10 +12,11 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels.device import Device, tpu_info
 from pallas_kernels.program import Program
-from pallas_kernels.ragged_dot import ragged_dot, tpu, tpu_config
+from pallas_kernels.ragged_dot import gpu, ragged_dot, tpu, tpu_config
 from pallas_kernels.ragged_dot.facts import Facts
 from pallas_kernels.ragged_dot.tpu_kernel import GRANULE
 
@@ -40,6 +41,7 @@ SHARDS = {
     "tp4": (1, 4),
 }
 FORMS = ("bf16", "fp8", "int8")
+KERNELS = {"tpu": tpu, "gpu": gpu}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,13 +107,16 @@ def cases(model: str, shard: str = "whole") -> Iterator[Case]:
 
 def programs(device: Device) -> Iterator[Program]:
     """Every case of the published models that the device's kernel supports, in every form."""
+    if device.platform not in KERNELS:
+        return
+    supports = KERNELS[device.platform].supports
     for model in PUBLISHED:
         for shard in SHARDS:
             for case in cases(model, shard):
                 for form in FORMS:
                     facts = case.facts(form)
                     whole = facts.blocks is None or facts.inner % facts.blocks[-2] == 0
-                    if whole and tpu.supports(device, facts) is None:
+                    if whole and supports(device, facts) is None:
                         yield _program(case, form, device)
 
 
@@ -132,18 +137,31 @@ def _program(case: Case, form: str, device: Device) -> Program:
     own = math.ceil(case.rows * case.experts / case.total)
     # Rows of other shards are written too, as zeros.
     written = case.rows * case.outer * jnp.dtype(facts.out_dtype).itemsize
-    trips, read = _walk(case, facts, device)
+    # Only a TPU's compiler tells a schedule, which needs trips; elsewhere every row is read once.
+    trips, read = _walk(case, facts, device) if device.platform == "tpu" else ((), float(own))
+    baselines = {"xla": lambda x, w, sizes, scale: call(x, w, sizes, scale=scale, impl="xla")}
+    if facts.blocks is None and case.experts == case.total:
+        baselines["lax"] = functools.partial(_lax, case, facts)
     return Program(
         f"ragged_dot/{case.name}/{form}",
-        lambda x, w, sizes, scale: call(x, w, sizes, scale=scale, impl="tpu"),
+        lambda x, w, sizes, scale: call(x, w, sizes, scale=scale, impl=device.platform),
         args,
         make=functools.partial(_make, case, args),
         moved=weights + own * case.inner * 2 + written,
         flops=2 * own * math.prod(facts.w_shape[1:]),
         copied=weights + read * case.inner * 2 + written,
         trips=trips,
-        baselines={"xla": lambda x, w, sizes, scale: call(x, w, sizes, scale=scale, impl="xla")},
+        baselines=baselines,
     )
+
+
+def _lax(case: Case, facts: Facts, x, w, sizes, scale):
+    """The same with `jax.lax.ragged_dot`, for a device that holds all experts in bfloat16."""
+    product = functools.partial(lax.ragged_dot, preferred_element_type=jnp.float32)
+    if case.activation is None:
+        return product(x, w, sizes).astype(facts.out_dtype)
+    gate, up = (product(x, w[:, p], sizes) for p in range(2))
+    return (jax.nn.silu(gate) * up).astype(facts.out_dtype)
 
 
 def _walk(case: Case, facts: Facts, device: Device) -> tuple[tuple[float, ...], float]:

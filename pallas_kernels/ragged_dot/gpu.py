@@ -148,18 +148,19 @@ def _scratch(facts: Facts, config: Config) -> list:
         plgpu.SMEM((WARPGROUPS, rows, COLUMNS), facts.out_dtype),
     ]
     if facts.activation:
-        scratch.append(plgpu.SMEM((COLUMNS, rows), jnp.float32))
+        swizzled = _swizzled("float32", min(rows, 32))
+        scratch.append(plgpu.SMEM((COLUMNS, rows), jnp.float32, transforms=swizzled))
     scratch += [barrier(num_arrivals=COPIES), barrier(num_arrivals=WARPGROUPS)]
     if facts.activation:
         scratch += [plgpu.Barrier(num_arrivals=1), plgpu.Barrier(num_arrivals=1)]
     return scratch
 
 
-def _swizzled(dtype) -> tuple:
-    """Rows of 64 in the order that the tensor cores read without conflicts."""
-    swizzle = COLUMNS * jnp.dtype(dtype).itemsize
+def _swizzled(dtype, width: int = COLUMNS) -> tuple:
+    """Rows of ``width`` in an order that threads and tensor cores read without bank conflicts."""
+    swizzle = width * jnp.dtype(dtype).itemsize
     # The base class declares as abstract what these do not need here.
-    tiled = plgpu.TilingTransform((8, COLUMNS))  # pyright: ignore[reportAbstractUsage]
+    tiled = plgpu.TilingTransform((8, width))  # pyright: ignore[reportAbstractUsage]
     return tiled, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
 
 
