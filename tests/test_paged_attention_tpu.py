@@ -138,22 +138,29 @@ def test_heads_are_taken_out_of_their_words_exactly(dtype, heads):
         x = rng.integers(0, 256, (32, heads, 128)).astype(np.uint8).view(jnp.dtype(dtype))
     else:
         x = oracles.round_to(rng.standard_normal((32, heads, 128)), dtype)
-    by_halves = dtype == "bfloat16"
+    by_halves, by_planes = dtype == "bfloat16", jnp.dtype(dtype).itemsize == 1
 
-    def kernel(x, out, halves):
+    def kernel(x, out, other, planes):
         for head in range(heads):
             out[head] = tpu_packing.read(x, head, plain=False)
             if by_halves:
-                halves[head] = tpu_packing.read_halves(x, head).astype(jnp.float32)
+                other[head] = tpu_packing.read_halves(x, head).astype(jnp.float32)
+            if by_planes:
+                planes[head] = tpu_packing.read_planes(x, head // 4)[head % 4]
 
     shape = jax.ShapeDtypeStruct((heads, 32, 128), jnp.float32)
-    got, halves = pl.pallas_call(kernel, out_shape=[shape, shape], interpret=True)(jnp.asarray(x))
+    shapes = [shape, shape, jax.ShapeDtypeStruct(shape.shape, dtype)]
+    got, halves, planes = pl.pallas_call(kernel, out_shape=shapes, interpret=True)(jnp.asarray(x))
     want = x.astype(np.float32).swapaxes(0, 1)
     np.testing.assert_array_equal(got, want)
     numbers = ~np.isnan(want)
     np.testing.assert_array_equal(np.signbit(got)[numbers], np.signbit(want)[numbers])
     if by_halves:
         np.testing.assert_array_equal(halves, want[:, np.asarray(tpu_packing.halves(32))[0]])
+    if by_planes:
+        np.testing.assert_array_equal(
+            np.asarray(planes).view(np.uint8), x.view(np.uint8).swapaxes(0, 1)
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -40,8 +40,9 @@ from pallas_kernels.paged_attention.tpu_walk import Refs, Shape
 # take longer ones, because starting the copies of an item costs the same whatever it brings.
 BLOCK = 512
 LONGEST = 1024
-# Key positions times kv heads that a step of short tiles attends: 1 MiB of bfloat16.
-STEP = 2048
+# Key positions times kv heads that a step of short tiles attends: 2 MiB of bfloat16. Items side by
+# side hide each other's reductions, so more is better until registers run out.
+STEP = 4096
 # Query rows of a kv head in a tall tile.
 TALL_ROWS = 512
 # Page-table entries per line at most.

@@ -4,6 +4,7 @@ Knows what is in VMEM; knows no copy. Scores, weights and sums are float32; the 
 the queries' dtype, as the XLA implementation does.
 """
 
+import functools
 import math
 
 import jax.numpy as jnp
@@ -26,19 +27,20 @@ def _dot(a, b, contract: tuple[int, int]):
     )
 
 
-def _update(shape: Shape, refs: Refs, state, q, slot, head: int, seen, count):
+def _update(shape: Shape, refs: Refs, state, q, slot, read, head: int, seen, count):
     """Merges a kv head's block into the softmax of its query rows.
 
     Args:
         state: top [rows, 1], total [rows, 1] and acc [rows, H], float32.
         q: [rows, H].
         slot: the block's buffer.
+        read: `_reader` of that buffer.
         seen: bool [height, block]; there are ``group`` times as many query rows.
         count: positions of the block that hold anything.
     """
     top, total, acc = state
     k_scale, v_scale = _scales(refs, slot, head, count)
-    keys = _read(shape, refs, slot, 2 * head)
+    keys = read(2 * head)
     # In powers of two, which is what the hardware computes.
     scores = _dot(q, keys, (1, 1)) * (shape.sm_scale * math.log2(math.e))
     if k_scale is not None:
@@ -51,7 +53,7 @@ def _update(shape: Shape, refs: Refs, state, q, slot, head: int, seen, count):
     total = total * decay + jnp.sum(weights, axis=1, keepdims=True)
     if v_scale is not None:
         weights = weights * v_scale
-    values = _read(shape, refs, slot, 2 * head + 1)
+    values = read(2 * head + 1)
     return new, total, acc * decay + _dot(weights.astype(q.dtype), values, (1, 0))
 
 
@@ -59,14 +61,21 @@ def _by_halves(shape: Shape, refs: Refs) -> bool:
     return refs.kv.dtype == refs.q_ring.dtype == jnp.bfloat16 and not shape.plain
 
 
-def _read(shape: Shape, refs: Refs, slot, head: int):
+def _reader(shape: Shape, refs: Refs, slot):
+    """A function from a combined head to its rows of a block, in a dtype that multiplies q."""
+    kv, dtype = refs.kv.at[slot], refs.q_ring.dtype
     if _by_halves(shape, refs):
-        return tpu_packing.read_halves(refs.kv.at[slot], head)
-    return tpu_packing.read(refs.kv.at[slot], head, plain=shape.plain).astype(refs.q_ring.dtype)
+        return functools.partial(tpu_packing.read_halves, kv)
+    if shape.plain or dtype != jnp.bfloat16 or jnp.dtype(kv.dtype).itemsize > 1:
+        return lambda head: tpu_packing.read(kv, head, plain=shape.plain).astype(dtype)
+    planes = functools.cache(functools.partial(tpu_packing.read_planes, kv))
+    # The matrix unit takes float8 beside bfloat16, exactly; int8 is exact in bfloat16.
+    kept = refs.kv.dtype if refs.kv.dtype == jnp.float8_e4m3fn else dtype
+    return lambda head: planes(head // 4)[head % 4].astype(kept)
 
 
 def _positions(shape: Shape, refs: Refs):
-    """int32 [1, block], where in its block each row of `_read` lies."""
+    """int32 [1, block], where in its block each row of `_reader`'s lies."""
     if _by_halves(shape, refs):
         return tpu_packing.halves(shape.block)
     return lax.broadcasted_iota(jnp.int32, (1, shape.block), 1)
@@ -115,11 +124,12 @@ def attend_tokens(shape: Shape, refs: Refs, items) -> None:
     for i, (slot, ring, out_ring, first, count) in enumerate(items):
         refs.q_heads[i] = refs.q_ring[ring, 0].astype(jnp.float32)
         seen = _positions(shape, refs) < count
+        read = _reader(shape, refs, slot)
         for j in range(shape.kv_heads):
             own = pl.ds(j * G, G)
             q = refs.q_heads[i, own, :].astype(dtype)
             before = _restart(state[j], first)
-            state[j] = _update(shape, refs, before, q, slot, j, seen, count)
+            state[j] = _update(shape, refs, before, q, slot, read, j, seen, count)
             _, total, acc = state[j]
             refs.out_heads[i, own, :] = acc / jnp.where(total > 0, total, 1.0)
         refs.out_ring[out_ring, 0] = refs.out_heads[i].astype(dtype)
@@ -141,9 +151,11 @@ def attend_tile(shape: Shape, refs: Refs, slot, first, count, base, position) ->
     at = _positions(shape, refs)
     token = lax.broadcasted_iota(jnp.int32, (h, 1), 0)
     seen = (at < count) & (base + at <= position + token)
+    read = _reader(shape, refs, slot)
     for j in range(shape.kv_heads):
         before = _restart(_load(refs, j), first)
-        _store(refs, j, _update(shape, refs, before, refs.q_heads[j], slot, j, seen, count))
+        state = _update(shape, refs, before, refs.q_heads[j], slot, read, j, seen, count)
+        _store(refs, j, state)
 
 
 def spread_queries(shape: Shape, refs: Refs, ring) -> None:

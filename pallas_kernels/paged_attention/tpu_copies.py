@@ -25,6 +25,8 @@ from pallas_kernels.paged_attention.tpu_walk import (
     split,
 )
 
+# Pages whose copies start under one condition.
+RUN = 4
 # Positions that are zeroed at once behind a context's end.
 CLEARED = 16
 
@@ -71,8 +73,9 @@ class Item:
 
     def page(self, i):
         """The number of its i-th page."""
-        entry = (self.at * self.shape.pages + i) & (self.shape.line - 1)
-        return self.refs.lines[self.line & (LINES - 1), *split(entry, 128)]
+        # A block's entries lie in one row of 128 lanes: both are powers of two.
+        row, lane = split((self.at * self.shape.pages) & (self.shape.line - 1), 128)
+        return self.refs.lines[self.line & (LINES - 1), row, lane + i]
 
     def token(self, place):
         """The flat token at a place in the block, if it is a new one."""
@@ -104,7 +107,9 @@ class Item:
                 part(first + i, 0, size)
 
         whole, rest = split(self.cached, size)
-        pieces(whole, self.shape.pages, whole_pages)
+        for first in range(0, self.shape.pages - RUN + 1, RUN):
+            pl.when(first + RUN <= whole)(functools.partial(whole_pages, first, RUN))
+        pieces(whole, min(RUN - 1, self.shape.pages), whole_pages)
         pieces(rest, size // 2, lambda offset, count: part(whole, offset, count))
 
     def _fetch_new(self):
