@@ -168,7 +168,7 @@ class Client:
             writer.write(content[start : start + 16])
             await asyncio.sleep(0.05)
         whole = b""
-        while piece := await asyncio.wait_for(reader.read(64), 60):
+        while piece := await asyncio.wait_for(reader.read(64), 600):
             whole += piece
             await asyncio.sleep(0.01)
         writer.close()

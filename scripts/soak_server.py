@@ -71,7 +71,7 @@ def _serving(
 async def _soak(args: argparse.Namespace, pid: int, address: tuple[str, int]) -> int:
     counts = Counts()
     async with httpx.AsyncClient(
-        base_url=f"http://{address[0]}:{address[1]}", timeout=120
+        base_url=f"http://{address[0]}:{address[1]}", timeout=600
     ) as client:
         await _started(client, pid)
         clients = Client(client, address, counts)

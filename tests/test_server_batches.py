@@ -284,6 +284,13 @@ def test_an_upload_that_was_cut_off_leaves_nothing(tmp_path):
         (
             "POST",
             "/v1/batches",
+            {"json": {"output_expires_after": {"anchor": "created_at", "seconds": 3600}}},
+            400,
+            "output_expires_after is not supported",
+        ),
+        (
+            "POST",
+            "/v1/batches",
             {"json": {**NEW_BATCH, "endpoint": "/v1/embeddings"}},
             400,
             "endpoint",

@@ -142,6 +142,11 @@ def test_fields_reach_the_sampling_parameters():
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "got 5"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, None, "text is missing"),
         ({"messages": [{"role": "user", "content": "x", "nmae": "y"}]}, "messages[0].nmae", "name"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "", "E": 1}]}]},
+            "messages[0].content[0].E",
+            "unknown field 'E'",
+        ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, None, "surrogate"),
         ({"temperature": -1}, "temperature", "not in 0.0"),
         ({"temperature": "1"}, "temperature", "number"),

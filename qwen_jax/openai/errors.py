@@ -19,7 +19,6 @@ _TYPES = {
     503: "service_unavailable_error",
 }
 _RETRY_AFTER = 1  # seconds: a place in the queue comes free with any request that ends
-_NOTHING = object()
 _MAX_SHOWN = 500  # characters of a message that quotes what a client sent
 
 
@@ -119,18 +118,20 @@ def of_validation(
 
 
 def _path(location: Sequence[str | int], body: Any) -> list[str | int]:
-    """The parts of a pydantic location that lead somewhere; the others name branches of unions."""
-    path: list[str | int] = []
-    for part in location:
-        found = _NOTHING
-        if isinstance(body, Mapping):
-            found = body.get(part, _NOTHING)
-        elif isinstance(body, list) and isinstance(part, int) and part < len(body):
-            found = body[part]
-        if found is not _NOTHING:
-            body = found
-            path.append(part)
-    return path
+    """The parts of a pydantic location that lead somewhere; the others name branches of unions.
+
+    A branch may be called as a field is ("text"), so the longest way is it, and of two as long the
+    one that gets to the end.
+    """
+    if not location:
+        return []
+    part, rest = location[0], location[1:]
+    without = _path(rest, body)
+    in_list = isinstance(body, list) and isinstance(part, int) and part < len(body)
+    if not in_list and not (isinstance(body, Mapping) and part in body):
+        return without
+    ways = ([part, *_path(rest, body[part])], without)
+    return max(ways, key=lambda way: (len(way), way[-1:] == [location[-1]]))
 
 
 def _written(path: Sequence[str | int]) -> str:

@@ -35,7 +35,7 @@ class BatchRequest(Strict):
     endpoint: Literal["/v1/chat/completions", "/v1/completions"]
     completion_window: Annotated[str, pydantic.Field(max_length=8)]
     metadata: dict[str, str] | None = None
-    output_expires_after: None = None
+    output_expires_after: Any = None
 
     @property
     def seconds(self) -> int:
@@ -43,6 +43,12 @@ class BatchRequest(Strict):
         found = _WINDOW.fullmatch(self.completion_window)
         assert found is not None
         return int(found[1]) * {"h": 3600, "d": 86400}[found[2]]
+
+    @pydantic.field_validator("output_expires_after")
+    @classmethod
+    def _no_end(cls, after: Any) -> None:
+        if after is not None:
+            raise ValueError("output_expires_after is not supported: files stay until deleted")
 
     @pydantic.field_validator("completion_window")
     @classmethod
