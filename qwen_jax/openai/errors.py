@@ -127,10 +127,10 @@ def _path(location: Sequence[str | int], body: Any) -> list[str | int]:
         return []
     part, rest = location[0], location[1:]
     without = _path(rest, body)
-    in_list = isinstance(body, list) and isinstance(part, int) and part < len(body)
-    if not in_list and not (isinstance(body, Mapping) and part in body):
+    items: Any = dict(enumerate(body)) if isinstance(body, list) else body
+    if not isinstance(items, Mapping) or part not in items:
         return without
-    ways = ([part, *_path(rest, body[part])], without)
+    ways = ([part, *_path(rest, items[part])], without)
     return max(ways, key=lambda way: (len(way), way[-1:] == [location[-1]]))
 
 
