@@ -303,5 +303,7 @@ def test_what_does_not_fit_together_raises():
         ragged_dot(x, w, sizes, scale=np.ones((6, 1, 1)), blocks=(1, 8, 4))
     with pytest.raises(ValueError, match="one size >= 1 per axis"):
         ragged_dot(x, w, sizes, scale=np.ones((6, 1)), blocks=(1, 16))
-    with pytest.raises(ValueError, match=r"no implementation 'cuda'; use one of .*'tpu', 'gpu', 'xla'"):
+    with pytest.raises(
+        ValueError, match=r"no implementation 'cuda'; use one of .*'tpu', 'gpu', 'xla'"
+    ):
         ragged_dot(x, w, sizes, impl="cuda")

@@ -15,6 +15,7 @@ import pytest
 from gpu_interpret import hopper, interpreted
 
 from pallas_kernels import hopper as figures
+from pallas_kernels import registry
 from pallas_kernels.device import Device
 from pallas_kernels.ragged_dot import Facts, gpu, gpu_config, ragged_dot
 from pallas_kernels.ragged_dot.gpu_config import Config
@@ -190,6 +191,13 @@ def with_(**changes) -> Facts:
 )
 def test_what_it_cannot_run_has_a_reason(facts, kind, reason):
     assert re.search(reason, gpu.supports(Device("gpu", kind), facts) or "runs")
+
+
+def test_auto_takes_it_on_a_hopper_gpu_and_says_why_not_on_another():
+    assert registry.choose("ragged_dot", "auto", H200, [GATE_UP]).name == "gpu"
+    other = registry.choose("ragged_dot", "auto", Device("gpu", "NVIDIA L4"), [GATE_UP])
+    assert other.name == "xla"
+    assert "'NVIDIA L4' is no Hopper GPU" in other.reasons["gpu"]
 
 
 def test_a_call_that_it_cannot_run_raises_the_reason():

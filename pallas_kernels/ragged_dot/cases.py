@@ -6,8 +6,10 @@ no checkpoint and no weights.
 
 import dataclasses
 import functools
+import importlib
+import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -140,8 +142,9 @@ def _program(case: Case, form: str, device: Device) -> Program:
     # Only a TPU's compiler tells a schedule, which needs trips; elsewhere every row is read once.
     trips, read = _walk(case, facts, device) if device.platform == "tpu" else ((), float(own))
     baselines = {"xla": lambda x, w, sizes, scale: call(x, w, sizes, scale=scale, impl="xla")}
-    if facts.blocks is None and case.experts == case.total:
-        baselines["lax"] = functools.partial(_lax, case, facts)
+    # They know no scales and no shards, and gate and up would have to be copied apart for them.
+    if facts.blocks is None and case.activation is None and case.experts == case.total:
+        baselines |= _libraries()
     return Program(
         f"ragged_dot/{case.name}/{form}",
         lambda x, w, sizes, scale: call(x, w, sizes, scale=scale, impl=device.platform),
@@ -155,13 +158,16 @@ def _program(case: Case, form: str, device: Device) -> Program:
     )
 
 
-def _lax(case: Case, facts: Facts, x, w, sizes, scale):
-    """The same with `jax.lax.ragged_dot`, for a device that holds all experts in bfloat16."""
-    product = functools.partial(lax.ragged_dot, preferred_element_type=jnp.float32)
-    if case.activation is None:
-        return product(x, w, sizes).astype(facts.out_dtype)
-    gate, up = (product(x, w[:, p], sizes) for p in range(2))
-    return (jax.nn.silu(gate) * up).astype(facts.out_dtype)
+def _libraries() -> dict[str, Callable[..., jax.Array]]:
+    """The plain product by others: JAX itself, and tokamax if it is installed."""
+    products: dict[str, Callable[..., jax.Array]] = {"lax": lax.ragged_dot}
+    if importlib.util.find_spec("tokamax") is not None:
+        products["tokamax"] = importlib.import_module("tokamax").ragged_dot
+
+    def call(product, x, w, sizes, scale):
+        return product(x, w, sizes, preferred_element_type=jnp.float32)
+
+    return {name: functools.partial(call, product) for name, product in products.items()}
 
 
 def _walk(case: Case, facts: Facts, device: Device) -> tuple[tuple[float, ...], float]:
