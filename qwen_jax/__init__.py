@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qwen_jax.batch.run import run_batch
     from qwen_jax.functional import generate, load, routing
     from qwen_jax.llm import LLM
     from qwen_jax.requests import SamplingParams
@@ -31,6 +32,7 @@ _HOME = {
     "StreamEvent": "results",
     "load": "functional",
     "generate": "functional",
+    "run_batch": "batch.run",
     "routing": "functional",
     "SamplingParams": "requests",
     "RequestOutput": "results",
@@ -54,6 +56,7 @@ __all__ = [
     "generate",
     "load",
     "routing",
+    "run_batch",
 ]
 
 

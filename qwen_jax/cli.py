@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "complete a prompt",
     "chat": "talk to a model, or ask one question with --prompt",
     "fill": "fill in the middle of code",
+    "batch": "answer files of requests, and go on after whatever ends it",
     "serve": "an OpenAI-compatible server, with a page to try the model",
     "convert": "Hugging Face safetensors -> an orbax checkpoint",
     "info": "what a checkpoint is: parameters, bytes, context, tokenizer",

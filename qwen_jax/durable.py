@@ -45,12 +45,20 @@ def lock(folder: pathlib.Path) -> BinaryIO:
         ValueError: another process has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "lock", "wb")  # noqa: SIM115  (open as long as the folder is taken)
+    return lock_file(folder / "lock", folder)
+
+
+def lock_file(path: pathlib.Path, what: pathlib.Path | None = None) -> BinaryIO:
+    """Takes a file for this process, as long as the returned one is open; makes it where it is
+    missing. ``what`` is what an error calls it.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    file = open(path, "ab")  # noqa: SIM115  (open as long as it is taken)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.close()
-        raise ValueError(
-            f"{folder} is in use by another process; give this one a directory of its own"
-        ) from None
+        raise ValueError(f"{what or path} is in use by another process") from None
     return file

@@ -14,6 +14,7 @@ from qwen_jax.picture_inputs import PictureInputs
 from qwen_jax.prompt import fim, parsing
 from qwen_jax.prompt.chat import ChatTemplate, chat_parts
 from qwen_jax.prompt.media import Media, media_beside, take_media
+from qwen_jax.prompt.media_options import MediaOptions
 from qwen_jax.prompt.tokenizer import Tokenizer
 from qwen_jax.requests import Prompt, PromptLike, check_prompt_keys
 from qwen_jax.results import CompletionOutput
@@ -52,6 +53,11 @@ class Inputs:
         self._tokenizer, self._template, self._pictures = tokenizer, template, pictures
         self._vocab_size, self._max_model_len = vocab_size, max_model_len
         self._most_tokens = most_tokens
+
+    @property
+    def media_options(self) -> MediaOptions:
+        """What pictures and videos are made into, where a prompt does not say it."""
+        return self._pictures.options
 
     def prompt(self, given: PromptLike, name: str = "prompt") -> Prompt:
         """A text, or a mapping with a text or token ids; ``name`` is what errors call it."""

@@ -114,6 +114,7 @@ class LLM:
             overrides=config_overrides,
             progress=progress,
         )
+        self.name = model
         self.config, self.params = loaded.config, loaded.params
         self.generation_config = loaded.generation_config
         self.tokenizer = find_tokenizer(loaded)

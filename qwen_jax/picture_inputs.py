@@ -34,6 +34,9 @@ class PictureInputs:
         buckets: shapes of the tower.
         max_model_len: the longest context.
 
+    Attributes:
+        options: what is wished of every prompt's pictures.
+
     Raises:
         ValueError: an option or a video form that does not exist.
     """
@@ -54,7 +57,7 @@ class PictureInputs:
                 f"video_form={video_form!r} is unknown; use {' or '.join(VIDEO_FORMS)}"
             )
         self._config, self._tokenizer, self._rules = config, tokenizer, rules
-        self._options = MediaOptions.from_mapping(options or {}, _OPTION)
+        self.options = MediaOptions.from_mapping(options or {}, _OPTION)
         self._video_form: VideoForm = video_form
         self._buckets, self._max_model_len = buckets, max_model_len
 
@@ -83,7 +86,7 @@ class PictureInputs:
             return None
         pictures = []
         if media:
-            pictures = images.prepare(media, self._rules_for(media), wishes.over(self._options))
+            pictures = images.prepare(media, self._rules_for(media), wishes.over(self.options))
         for picture in pictures:
             self._check_size(picture)
         return build_prompt(

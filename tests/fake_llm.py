@@ -15,6 +15,7 @@ import numpy as np
 import tiny
 
 from qwen_jax.engine.events import Delta, EngineClosed, Failed, Finished, QueueFull
+from qwen_jax.engine.totals import Totals
 from qwen_jax.inputs import Inputs
 from qwen_jax.picture_inputs import PictureInputs
 from qwen_jax.prompt.chat import ChatTemplate
@@ -49,6 +50,7 @@ class FakeEngine:
 
     def __init__(self, tokenizer, say, *, pause=0.0, fails=None, most=1000):
         self.tokenizer, self.say, self.pause = tokenizer, say, pause
+        self.max_rows = 4
         self.fails, self.most = fails, most
         self.jobs = []
         self.closed = self.warm = False
@@ -182,7 +184,13 @@ class FakeLLM:
         self.config = from_hf(raw)
         self.forms = Forms(self.tokenizer, self.template, ends)
         self.max_model_len = MAX_LEN
-        self.runtime = SimpleNamespace(kernels=(("paged_attention", "xla"),))
+        self.runtime = SimpleNamespace(
+            kernels=(("paged_attention", "xla"),),
+            mesh=SimpleNamespace(devices=np.array([SimpleNamespace(process_index=0)])),
+            dtype="float32",
+            kv_dtype="float32",
+        )
+        self.name, self.params, self.totals = "tiny", {}, Totals()
         pictures = PictureInputs(
             self.config, self.tokenizer, None, options=None, video_form="transformers-4.57",
             buckets=Buckets(), max_model_len=MAX_LEN,

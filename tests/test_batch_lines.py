@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from qwen_jax import durable
 from qwen_jax.openai.batch_lines import (
     Batch,
     answer_line,
@@ -15,7 +16,7 @@ from qwen_jax.openai.batch_lines import (
     refuse_line,
 )
 from qwen_jax.openai.batch_results import Results, read_results
-from qwen_jax.openai.errors import ApiError
+from qwen_jax.openai.errors import ApiError, encode
 
 GOOD = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}
 BATCH = Batch("b", 0, 1234)
@@ -123,11 +124,11 @@ def test_what_is_no_matter_of_the_request_is_no_answer(status):
 
 
 def test_a_refused_line_says_where_it_is():
-    line = refuse_line(BATCH, "a", came_before("a", 3), file="in.jsonl", line=7)
+    line = refuse_line(BATCH, "a", came_before("a", "in.jsonl", 3), file="in.jsonl", line=7)
     assert has_failed(line)
     assert (line["file"], line["line"], line["custom_id"]) == ("in.jsonl", 7, "a")
     assert line["error"]["code"] == "duplicate_custom_id"
-    assert "came before in line 3" in line["error"]["message"]
+    assert "came before in line 3 of in.jsonl" in line["error"]["message"]
     other = refuse_line(BATCH, None, came_before("a"), file="in.jsonl", line=8)
     assert other["id"] != line["id"]
 
@@ -159,17 +160,36 @@ def test_answers_and_errors_go_to_their_files_and_are_appended(tmp_path):
     assert list(read_results(tmp_path / "none")) == []
 
 
+def test_nothing_follows_a_line_that_could_not_be_written(tmp_path, monkeypatch):
+    paths, lines = (tmp_path / "out", tmp_path / "errors"), some_lines(3)
+
+    def full(file):
+        file.flush()
+        raise OSError(28, "No space left on device")
+
+    async def go():
+        async with Results(paths) as results:
+            await results.add(lines[0])
+            with monkeypatch.context() as patch:
+                patch.setattr(durable, "sync", full)
+                with pytest.raises(OSError, match="No space left"):
+                    await results.add(lines[1])
+            with pytest.raises(OSError, match="No space left"):
+                await results.add(lines[2])
+
+    asyncio.run(go())
+    assert list(read_results(paths[0])) == lines[:2]
+
+
 def test_a_file_torn_at_any_byte_keeps_its_whole_lines(tmp_path):
     path = tmp_path / "out"
-    write((path, tmp_path / "errors"), some_lines(3))
-    data = path.read_bytes()
-    ends = [i + 1 for i, byte in enumerate(data) if byte == ord("\n")]
-    assert len(ends) == 3
+    lines = [{"custom_id": x, "response": {}, "error": None} for x in ("a", "ü")]
+    data = b"".join(encode(line) + b"\n" for line in lines)
+    ends = [data.index(b"\n") + 1, len(data)]
     for size in range(len(data) + 1):
         path.write_bytes(data[:size])
         whole = [end for end in ends if end <= size]
-        found = list(read_results(path))
-        assert [line["custom_id"] for line in found] == [f"ü{i}" for i in range(len(whole))]
+        assert list(read_results(path)) == lines[: len(whole)]
         assert path.read_bytes() == data[: max(whole, default=0)]
 
 

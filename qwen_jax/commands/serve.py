@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from qwen_jax.commands import options
+from qwen_jax.commands import media, options
 
 if TYPE_CHECKING:
     from qwen_jax.server.settings import Settings
@@ -57,26 +57,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="a line for each request",
     )
-    _add_media(parser)
+    media.add_media(parser)
     _add_limits(parser)
     options.add_model(parser)
     options.add_seed(parser)
     options.add_runtime(parser)
     options.add_debug(parser)
-
-
-def _add_media(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("pictures", "data: URLs are always read.")
-    group.add_argument(
-        "--allowed-media-domains",
-        metavar="HOST",
-        action="append",
-        default=[],
-        help="fetch http(s) URLs from it (HOST or HOST:PORT); may be repeated",
-    )
-    group.add_argument("--allowed-local-media-path", metavar="DIR", help="read file: URLs below it")
-    group.add_argument("--max-images", metavar="N", type=int, default=32, help="per request")
-    group.add_argument("--max-videos", metavar="N", type=int, default=2, help="per request")
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
@@ -179,15 +165,12 @@ def _settings(args: argparse.Namespace, model: str) -> "Settings":
             f"serve needs {error.name}: pip install 'qwen-jax[server]'", name=error.name
         ) from None
     keys = args.api_key or [key for key in [os.environ.get("QWEN_JAX_API_KEY")] if key]
-    folder = args.allowed_local_media_path
-    if folder is not None and not pathlib.Path(folder).is_dir():
-        raise ValueError(f"serve: --allowed-local-media-path {folder} is no directory")
     return Settings(
         model_names=tuple(args.served_model_name or [model]),
         api_keys=tuple(keys),
         media_hosts=tuple(args.allowed_media_domains),
-        media_folder=None if folder is None else pathlib.Path(folder),
-        media_limits={"image": args.max_images, "video": args.max_videos},
+        media_folder=media.folder(args),
+        media_limits=media.limits(args),
         max_requests=args.max_requests,
         max_body=args.max_body_mb * _MIB,
         max_upload=args.max_upload_mb * _MIB,

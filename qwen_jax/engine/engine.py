@@ -75,6 +75,9 @@ class Engine:
         constraints: makes `SamplingParams.structured_outputs` a factory of constraints; None where
             there is no structured output.
 
+    Attributes:
+        max_rows: most sequences at once.
+
     Raises:
         ValueError: limits that the runtime's buckets, or one another, do not allow.
     """
@@ -117,6 +120,7 @@ class Engine:
             max_tokens=limits.max_tokens,
             max_pages=limits.max_pages,
         )
+        self.max_rows = limits.max_rows
         self._config, self._defaults, self._limits = config, defaults, limits
         self._constraints = constraints
         self._numbers = itertools.count()

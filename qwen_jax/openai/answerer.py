@@ -27,7 +27,7 @@ class Answerer:
         llm: an `LLM`: its engine, inputs, forms, tokenizer, template and config are used.
         names: what requests may call the model; the first one is what replies say.
         media: where pictures come from.
-        meter: is told how the prompts go on.
+        meter: is told how the prompts go on, if there is one.
         request_timeout: seconds for a whole request, None for any time.
         compile_timeout: seconds for a schema or a grammar to be compiled.
     """
@@ -38,7 +38,7 @@ class Answerer:
         names: Sequence[str],
         *,
         media: MediaSource,
-        meter: Meter,
+        meter: Meter | None,
         request_timeout: float | None,
         compile_timeout: float,
     ):

@@ -116,9 +116,9 @@ def read_request(found: Mapping[str, Any], endpoints: Collection[str] = ENDPOINT
     return BatchRequest(custom_id, found["url"], body)
 
 
-def came_before(custom_id: str, line: int | None = None) -> ApiError:
+def came_before(custom_id: str, file: str = "", line: int | None = None) -> ApiError:
     """For a line whose custom_id another line has."""
-    where = "" if line is None else f" in line {line:,}"
+    where = "" if line is None else f" in line {line:,} of {file}"
     return ApiError(
         400,
         f"custom_id {custom_id[:80]!r} came before{where}",

@@ -8,7 +8,7 @@ import asyncio
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from qwen_jax import durable
@@ -17,14 +17,21 @@ from qwen_jax.openai.errors import encode
 
 
 class Results:
-    """Appends answers to (the output, the error file); lines that come together are made durable
-    together."""
+    """Appends answers to files; lines that come together are made durable together.
 
-    def __init__(self, paths: tuple[pathlib.Path, pathlib.Path]):
-        self._paths = paths
+    Args:
+        paths: of the output and of the error file.
+        count: is told of each line that is on the disk, on some thread: whether it is an error.
+    """
+
+    def __init__(
+        self, paths: tuple[pathlib.Path, pathlib.Path], count: Callable[[bool], None] | None = None
+    ):
+        self._paths, self._count = paths, count
         self._lock = asyncio.Lock()
         self._new: list[dict[str, Any]] = []
         self._writing: asyncio.Future[None] | None = None
+        self._failure: OSError | None = None
 
     async def __aenter__(self) -> "Results":
         self._files = [open(path, "ab") for path in self._paths]  # noqa: SIM115
@@ -39,9 +46,16 @@ class Results:
             file.close()
 
     async def add(self, line: dict[str, Any]) -> None:
-        """Returns when the line is on the disk."""
+        """Returns when the line is on the disk.
+
+        Raises:
+            OSError: it cannot be written, or one before it could not: of that one a piece may be in
+                the file, which nothing must follow.
+        """
         self._new.append(line)
         async with self._lock:
+            if self._failure is not None:
+                raise self._failure
             if self._new:
                 new, self._new = self._new, []
                 self._writing = asyncio.ensure_future(asyncio.to_thread(self._write, new))
@@ -49,11 +63,21 @@ class Results:
                 await asyncio.shield(self._writing)
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
+        try:
+            self._append(lines)
+        except OSError as error:
+            self._failure = error
+            raise
+
+    def _append(self, lines: list[dict[str, Any]]) -> None:
         for index, file in enumerate(self._files):
             own = [line for line in lines if has_failed(line) == bool(index)]
             if own:
                 file.write(b"".join(encode(line) + b"\n" for line in own))
                 durable.sync(file)
+            if self._count is not None:
+                for _ in own:
+                    self._count(bool(index))
 
 
 def read_results(path: pathlib.Path) -> Iterator[dict[str, Any]]:

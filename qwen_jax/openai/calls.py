@@ -50,7 +50,7 @@ class Calls:
         results: of the prompts that are finished, by their index.
     """
 
-    def __init__(self, meter: Meter, *, timeout: float | None):
+    def __init__(self, meter: Meter | None, *, timeout: float | None):
         self.results: dict[int, RequestOutput] = {}
         self._meter, self._timeout = meter, timeout
         self._loop = asyncio.get_running_loop()
@@ -138,13 +138,15 @@ class Calls:
 class _Clock:
     """Times of one prompt, for the meter."""
 
-    def __init__(self, meter: Meter, params: SamplingParams):
+    def __init__(self, meter: Meter | None, params: SamplingParams):
         self._meter, self._params = meter, params
         self._began = time.perf_counter()
         self._first = 0.0
         self._last: dict[int, float] = {}
 
     def tick(self, delta: Delta) -> None:
+        if self._meter is None:
+            return
         now = time.perf_counter()
         if not self._first:
             self._first = now
@@ -155,6 +157,8 @@ class _Clock:
         self._last[delta.index] = now
 
     def stop(self, result: RequestOutput) -> None:
+        if self._meter is None:
+            return
         now = time.perf_counter()
         self._meter.finished(
             result,
