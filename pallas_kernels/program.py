@@ -10,6 +10,21 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
+class Tunable:
+    """What can be measured of a program whose kernel has tile sizes.
+
+    Attributes:
+        key: by which `tuning.lookup` finds the sizes; programs may share it.
+        tiles: the sizes to try, those of the kernel's own rule first.
+        with_tiles: the program's ``fn`` with other sizes.
+    """
+
+    key: str
+    tiles: tuple[Mapping[str, int], ...]
+    with_tiles: Callable[[Mapping[str, int]], Callable[..., Any]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
     """One call.
 
@@ -24,6 +39,7 @@ class Program:
         trips: how often each loop of the kernel's deepest nest runs, from outside in; what runs
             once for certain is no loop in a schedule.
         baselines: other ways to the same result, by name.
+        tunable: None where the kernel has no sizes to choose.
     """
 
     name: str
@@ -35,3 +51,4 @@ class Program:
     copied: float
     trips: tuple[float, ...]
     baselines: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
+    tunable: Tunable | None = None

@@ -10,6 +10,7 @@ the measurement they come from:
 
 import functools
 import json
+import pathlib
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
@@ -32,3 +33,25 @@ def lookup(op: str, device: Device, key: str) -> Mapping[str, int] | None:
 def _table(op: str) -> Mapping[str, Any]:
     file = resources.files("pallas_kernels") / "tuned" / f"{op}.json"
     return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def store(
+    directory: pathlib.Path, op: str, kind: str, entries: Mapping[str, Mapping[str, Any]]
+) -> pathlib.Path:
+    """Puts measured entries into ``directory / <op>.json``, in place of older ones of their keys.
+
+    Args:
+        directory: `tuned` of this package, or another one to look at first.
+        op: the operation.
+        kind: of the device that was measured.
+        entries: key -> ``{"tiles": …, "measured": …}``.
+
+    Returns:
+        The file. A process that has looked up ``op`` before keeps what it found then.
+    """
+    file = directory / f"{op}.json"
+    table = json.loads(file.read_text()) if file.is_file() else {}
+    table[kind] = dict(sorted({**table.get(kind, {}), **entries}.items()))
+    directory.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")
+    return file

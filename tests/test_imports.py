@@ -39,6 +39,7 @@ pallas_kernels.ragged_dot.cases
 pallas_kernels.paged_attention.facts
 pallas_kernels.paged_attention.schedule
 pallas_kernels.paged_attention.xla
+pallas_kernels.paged_attention.tpu_config
 pallas_kernels.paged_attention.tpu_packing
 pallas_kernels.paged_attention.tpu_walk
 pallas_kernels.paged_attention.tpu_copies

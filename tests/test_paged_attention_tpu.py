@@ -24,6 +24,7 @@ from pallas_kernels.paged_attention import (
     PagedOut,
     schedule,
     tpu,
+    tpu_config,
     tpu_packing,
     tpu_walk,
     xla,
@@ -34,10 +35,8 @@ from pallas_kernels.paged_attention import (
 def small_blocks():
     """Blocks of 128 positions and tall tiles of 16 tokens, so that small cases cross borders."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tpu, "BLOCK", 128)
-        patch.setattr(tpu, "LONGEST", 128)
-        patch.setattr(tpu, "STEP", 512)
-        patch.setattr(tpu, "TALL_ROWS", 64)
+        small = tpu_config.Config(block=128, longest=128, step=512, tall_rows=64)
+        patch.setattr(tpu_config, "RULE", small)
         yield
 
 
@@ -188,7 +187,7 @@ def test_a_million_positions_need_no_more_than_31_bits():
         jnp.full(B, length, jnp.int32),
     )
     facts = Facts(32, 4, 128, 16, "bfloat16", "bfloat16", False)
-    short, tall = tpu._shapes(facts, T, (B, length // 16), 1.0, True)
+    short, tall = tpu._shapes(facts, tpu_config.RULE, T, (B, length // 16), 1.0, True)
     touched = rows.touched(T, 16)
     for shape, (count, tiles) in (
         (short, rows.one_token(T)),

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.device import Device, tpu_info
-from pallas_kernels.paged_attention import paged_attention, tpu
+from pallas_kernels.device import Device
+from pallas_kernels.paged_attention import paged_attention, tpu, tpu_config
 from pallas_kernels.paged_attention.facts import Facts
-from pallas_kernels.program import Program
+from pallas_kernels.program import Program, Tunable
 
 # Model: query heads N, key/value heads K, head dimension H.
 MODELS = {
@@ -119,7 +119,7 @@ def _program(name: str, case: Case, facts: Facts, device: Device) -> Program:
     pairs = sum(n * (s - (n - 1) / 2) for n, s in zip(case.new_tokens, case.kv_lens, strict=True))
     # Queries and results, and the new keys and values in and out.
     own = T * (4 * N * H + 2 * per_position)
-    read, trips = tpu.walk_lengths(facts, case.new_tokens, case.kv_lens, tpu_info(device.kind))
+    read, trips = tpu.walk_lengths(facts, case.new_tokens, case.kv_lens, device)
     return Program(
         name,
         functools.partial(call, "tpu"),
@@ -130,7 +130,23 @@ def _program(name: str, case: Case, facts: Facts, device: Device) -> Program:
         copied=read * per_position + own,
         trips=trips,
         baselines={"xla": functools.partial(call, "xla")},
+        tunable=_tunable(facts, T <= B),
     )
+
+
+def _tunable(facts: Facts, decode: bool) -> Tunable:
+    def with_tiles(tiles):
+        def call(q, k, v, pages, scales, row_starts, kv_lens, page_table):
+            rows = {"row_starts": row_starts, "kv_lens": kv_lens, "page_table": page_table}
+            scale, config = facts.head_dim**-0.5, tpu_config.Config(**tiles)
+            return tpu.paged_attention(
+                q, k, v, pages, scales, **rows, sm_scale=scale, config=config
+            )
+
+        return call
+
+    tiles = map(dataclasses.asdict, tpu_config.candidates(facts, decode))
+    return Tunable(tpu_config.key(facts, decode), tuple(tiles), with_tiles)
 
 
 def _make(case: Case, args, seed: int) -> tuple:

@@ -31,20 +31,19 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import registry
 from pallas_kernels.device import Device, tpu_info
-from pallas_kernels.paged_attention import tpu_copies, tpu_kernel, tpu_packing, tpu_walk, xla
+from pallas_kernels.paged_attention import (
+    tpu_config,
+    tpu_copies,
+    tpu_kernel,
+    tpu_packing,
+    tpu_walk,
+    xla,
+)
 from pallas_kernels.paged_attention.facts import Facts
 from pallas_kernels.paged_attention.schedule import Rows
+from pallas_kernels.paged_attention.tpu_config import Config
 from pallas_kernels.paged_attention.tpu_walk import Refs, Shape
 
-# Key positions of an item: one lane of scores each, so a multiple of 128. Short tiles of few heads
-# take longer ones, because starting the copies of an item costs the same whatever it brings.
-BLOCK = 512
-LONGEST = 1024
-# Key positions times kv heads that a step of short tiles attends: 2 MiB of bfloat16. Items side by
-# side hide each other's reductions, so more is better until registers run out.
-STEP = 4096
-# Query rows of a kv head in a tall tile.
-TALL_ROWS = 512
 # Page-table entries per line at most.
 LINE = 1024
 # Of the device's VMEM, what the kernel may use; the compiler spills into the rest.
@@ -64,12 +63,14 @@ def paged_attention(
     sm_scale,
     interpret=False,
     cores=None,
+    config: Config | None = None,
 ):
     """`pallas_kernels.paged_attention`, on checked arguments, as a tuple (out, pages, scales).
 
     Args:
         interpret: as `pallas_call` takes it.
         cores: TensorCores that share the work; default: as many as the device has.
+        config: overrides the sizes.
     """
     T, N, H = q_TNH.shape
     if T == 0:
@@ -86,11 +87,13 @@ def paged_attention(
     reason = _reason(facts)
     if reason is not None:
         raise ValueError(f"paged_attention: implementation 'tpu' cannot take this: {reason}")
-    info = None if interpret else tpu_info(Device.current().kind)
+    device = Device.current()
+    info = None if interpret else tpu_info(device.kind)
     cores = cores or (info.num_cores if info else 1)
     rows = Rows(row_starts, kv_lens)
     plain = isinstance(interpret, pltpu.InterpretParams)
-    shapes = _shapes(facts, T, page_table.shape, sm_scale, plain)
+    config = config or tpu_config.choose(facts, kv_lens.shape[0] >= T, device)
+    shapes = _shapes(facts, config, T, page_table.shape, sm_scale, plain)
     lists = [rows.one_token(T)]
     if kv_lens.shape[0] < T:
         lists.append(rows.longer(T, shapes[1].height))
@@ -120,13 +123,16 @@ def paged_attention(
     return jnp.where(used[:, None, None], out[:, :N], 0), pages, scales
 
 
-def _shapes(facts: Facts, T: int, table: tuple[int, int], sm_scale: float, plain: bool):
+def _shapes(facts: Facts, config: Config, T: int, table, sm_scale: float, plain: bool):
     """The walk over tiles of one token and, where T > B, the one over longer tiles."""
     B, W = table
     line = min(LINE, max(128, pl.next_power_of_2(W)))
-    short = max(facts.page_size, min(LONGEST, max(BLOCK, STEP // facts.kv_heads)))
-    items = max(1, STEP // (facts.kv_heads * short))
-    height = max(16, pl.next_power_of_2(TALL_ROWS * facts.kv_heads // facts.query_heads + 1) // 2)
+    short = max(
+        facts.page_size, min(config.longest, max(config.block, config.step // facts.kv_heads))
+    )
+    items = max(1, config.step // (facts.kv_heads * short))
+    rows = config.tall_rows * facts.kv_heads // facts.query_heads
+    height = max(16, pl.next_power_of_2(rows + 1) // 2)
     common = functools.partial(
         Shape,
         page_size=facts.page_size,
@@ -141,12 +147,12 @@ def _shapes(facts: Facts, T: int, table: tuple[int, int], sm_scale: float, plain
     )
     shapes = [common(height=1, items=items, block=short)]
     if T > B:
-        shapes.append(common(height=height, items=1, block=max(BLOCK, facts.page_size)))
+        shapes.append(common(height=height, items=1, block=max(config.block, facts.page_size)))
     return shapes
 
 
 def walk_lengths(
-    facts: Facts, new_tokens, kv_lens, info: pltpu.TpuInfo
+    facts: Facts, new_tokens, kv_lens, device: Device
 ) -> tuple[int, tuple[float, ...]]:
     """What a schedule's time depends on, for benchmarks.
 
@@ -154,7 +160,8 @@ def walk_lengths(
         Key positions that are copied into VMEM, and how often the loop over steps and the loop in
         it (which clears what a block lacks) run on each core.
     """
-    shapes = _shapes(facts, sum(new_tokens), (len(kv_lens), 1), 1.0, False)
+    config = tpu_config.choose(facts, sum(new_tokens) <= len(kv_lens), device)
+    shapes = _shapes(facts, config, sum(new_tokens), (len(kv_lens), 1), 1.0, False)
     read, steps, cleared = 0, 0.0, 0.0
     for n, length in zip(new_tokens, kv_lens, strict=True):
         shape = shapes[0] if n == 1 else shapes[-1]
@@ -163,7 +170,7 @@ def walk_lengths(
             read += seen
             steps += pl.cdiv(seen, shape.block) / shape.items
             cleared += -seen % shape.block
-    return read, (steps / info.num_cores, cleared / tpu_copies.CLEARED / steps)
+    return read, (steps / tpu_info(device.kind).num_cores, cleared / tpu_copies.CLEARED / steps)
 
 
 def _lines(page_table, shape: Shape):

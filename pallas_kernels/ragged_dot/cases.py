@@ -17,8 +17,8 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.device import Device, tpu_info
-from pallas_kernels.program import Program
-from pallas_kernels.ragged_dot import gpu, ragged_dot, tpu, tpu_config
+from pallas_kernels.program import Program, Tunable
+from pallas_kernels.ragged_dot import gpu, gpu_config, ragged_dot, tpu, tpu_config
 from pallas_kernels.ragged_dot.facts import Facts
 from pallas_kernels.ragged_dot.tpu_kernel import GRANULE
 
@@ -44,6 +44,7 @@ SHARDS = {
 }
 FORMS = ("bf16", "fp8", "int8")
 KERNELS = {"tpu": tpu, "gpu": gpu}
+CONFIGS = {"tpu": tpu_config, "gpu": gpu_config}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +156,30 @@ def _program(case: Case, form: str, device: Device) -> Program:
         copied=weights + read * case.inner * 2 + written,
         trips=trips,
         baselines=baselines,
+        tunable=_tunable(case, facts, device),
+    )
+
+
+def _tunable(case: Case, facts: Facts, device: Device) -> Tunable:
+    kernel, sizes = KERNELS[device.platform], CONFIGS[device.platform]
+
+    def with_tiles(tiles):
+        return lambda x, w, groups, scale: kernel.ragged_dot(
+            x,
+            w,
+            groups,
+            scale=scale,
+            blocks=facts.blocks,
+            activation=facts.activation,
+            first_expert=jnp.int32(0),
+            out_dtype=facts.out_dtype,
+            config=sizes.Config(**tiles),
+        )
+
+    return Tunable(
+        sizes.key(facts, case.rows, case.total),
+        tuple(map(dataclasses.asdict, sizes.candidates(facts, case.rows, case.total, device))),
+        with_tiles,
     )
 
 

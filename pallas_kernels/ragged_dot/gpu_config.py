@@ -90,6 +90,24 @@ def _by_rule(facts: Facts, rows: int, total: int, info: hopper.Info) -> Config:
     return dataclasses.replace(one, stages=min(stages, MOST_STAGES))
 
 
+def candidates(facts: Facts, rows: int, total: int, device: Device) -> list[Config]:
+    """Sizes worth measuring, the rule's first: other heights, other depths, fewer stages."""
+    info = hopper.info(device.kind)
+    rule = _by_rule(facts, rows, total, info)
+    heights = {h for h in (rule.rows // 2, rule.rows, rule.rows * 2) if h >= LEAST_ROWS}
+    inners = [SCALE_BLOCK] if facts.blocks else [n for n in (64, 128) if facts.inner % n == 0]
+    stages = sorted({max(2, rule.stages // 2), max(2, rule.stages * 3 // 4), rule.stages})
+    found = [
+        Config(height, inner, n, rule.blocks)
+        for height in sorted(heights)
+        if height <= MOST_ROWS[facts.w_dtype]
+        for inner in inners
+        for n in stages
+    ]
+    fitting = [each for each in found if shared_bytes(facts, each) <= info.shared_bytes]
+    return list(dict.fromkeys([rule, *fitting]))
+
+
 def shared_bytes(facts: Facts, config: Config) -> int:
     """What the kernel's buffers take."""
     size = lambda dtype: jnp.dtype(dtype).itemsize

@@ -90,6 +90,24 @@ def _by_rule(facts: Facts, rows: int, total: int, info: pltpu.TpuInfo) -> Config
     return Config(height, few[-1] if few else fitting[0])
 
 
+def candidates(facts: Facts, rows: int, total: int, device: Device) -> list[Config]:
+    """Sizes worth measuring, the rule's first: other heights around its own, and all widths.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    info = tpu_info(device.kind)
+    rule = _by_rule(facts, rows, total, info)
+    if rule is None:
+        raise ValueError(f"ragged_dot: {facts} does not fit the VMEM of {device.kind}")
+    near = {rule.rows // 2, rule.rows, rule.rows * 2}
+    heights = sorted(h for h in near if GRANULE <= h <= MOST_ROWS)
+    found = [Config(h, c) for h in heights for c in widths(facts, info)]
+    most = MOST_CHUNK_WEIGHTS / math.prod(facts.w_shape[1:-1])
+    tried = [c for c in found if fits(facts, c, info) and c.columns <= max(most, rule.columns)]
+    return list(dict.fromkeys([rule, *tried]))
+
+
 def widths(facts: Facts, info: pltpu.TpuInfo) -> list[int]:
     """The possible widths of a column tile, ascending: multiples of 128, or all columns."""
     own = facts.outer // cores(facts, info)
