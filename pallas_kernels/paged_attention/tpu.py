@@ -17,6 +17,11 @@ an item. The kernel walks over all items in order, first of the short tiles, the
   16 rows of bfloat16 hold 12 heads (96/8) as they come, without padding in HBM.
 - A tall tile orders its rows by query head, then by token: any ratio of heads fills its rows.
 
+What limits decode beyond the bandwidth, by the static schedule of `scripts/bench_kernels.py`: a
+step's copies are started by scalar code that no vector code overlaps (9 bundles a page, and what
+only a row's last block needs), so few heads of small pages feel it, pages of 256 less; and on v7x
+a step's vector and matrix work alone takes 1.2 times as long as its copies, in 8 bits 2.1 times.
+
 VMEM: three steps of blocks, STEPS * items * block * 2K * H numbers of the cache (3 MiB for 4 heads
 of bfloat16), the tiles' queries and results, and 3 float32 arrays of K * rows * 128.
 """

@@ -1,7 +1,7 @@
 """Which experts have rows, and which rows: the list that a TPU kernel walks.
 
 Knows group sizes; knows no tile size and no weight, so that both products of a layer ask for the
-same list and XLA computes it once.
+same list and XLA computes it once. Layers cannot share it: each has a router of its own.
 """
 
 import jax
