@@ -3,15 +3,15 @@
 Knows facts, row counts and a chip's figures; knows no array. `choose` takes what was measured
 (`tuning.py`) or else follows from the shared memory and these rules:
 
-- **rows**: a tile as high as the mean group and half as much again, so that most groups are one
-  tile: 8 rows (the least that a matrix product of the tensor cores has columns for) in decode. At
-  most 128 for bfloat16 weights; at most 64 for float8, whose sums are held twice in registers.
+- **rows**: a tile as high as one and a half mean groups, so that most groups are one tile: 8 rows
+  (the least that a matrix product of the tensor cores has columns for) in decode. At most 128 for
+  bfloat16 weights; at most 64 for float8, whose sums are held twice in registers.
 - **inner**, rows of the weights in one stage: 128 while tiles are low, because longer copies need
   fewer of them; 64 when rows take as much room as weights. For float8 128 always: the rows that
   share a scale.
 - **blocks**: one per multiprocessor, because each takes its whole shared memory.
-- **stages**: as many as fit. The bytes under way are what hides the latency of memory: an H200
-  needs about 33 KB in each multiprocessor, and a block has up to 200 KB.
+- **stages**: as many as fit. The bytes under way are what hides the latency of memory: to read
+  4.3 TB/s at a latency of 1 us takes 33 KB in each of 132 multiprocessors; a ring has 130 to 220.
 """
 
 import dataclasses
