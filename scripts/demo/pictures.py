@@ -1,0 +1,106 @@
+"""Questions about pictures of nine cells: colours, shapes, places, numbers of things, digits.
+
+Held out are triples of (shape or digit, colour, place). A picture to learn from holds none of them,
+and a question to examine with is about one. Colours and shapes are asked for by their place, so
+that nobody answers who does not know where things are.
+"""
+
+import random
+
+from demo import cells
+from demo.sample import Chat, assistant, user
+from demo.split import is_held_out
+from demo.words import COLOURS, DIGITS, PLACES, SHAPES, article
+
+Layout = dict[int, cells.Thing]
+KINDS = ("colour", "shape", "place", "count", "digit")
+TURNS = (3, 6)  # questions about one picture, least and most
+_DIGIT_SHARE = 0.3
+
+
+def lesson(rng: random.Random) -> Chat:
+    """A picture and some questions about it."""
+    layout = _layout(rng)
+    kinds = [rng.choice(KINDS) for _ in range(rng.randint(*TURNS))]
+    turns = [turn for kind in kinds if (turn := _question(rng, layout, kind))]
+    return _chat(rng, layout, turns or [_nothing(rng, layout)])
+
+
+def examination(rng: random.Random, kind: str) -> Chat:
+    """One question of a kind, about a held-out thing (counts: about new pictures)."""
+    while True:
+        layout = _layout(rng)
+        place = rng.choice(list(layout))
+        layout[place] = _thing(rng, place, held_out=kind != "count", digit=kind == "digit")
+        turn = _question(rng, layout, kind, None if kind == "count" else place)
+        if turn:
+            return _chat(rng, layout, [turn])
+
+
+def _layout(rng: random.Random) -> Layout:
+    places = sorted(rng.sample(range(len(PLACES)), rng.randint(2, 7)))
+    return {
+        place: _thing(rng, place, held_out=False, digit=rng.random() < _DIGIT_SHARE)
+        for place in places
+    }
+
+
+def _thing(rng: random.Random, place: int, *, held_out: bool, digit: bool) -> cells.Thing:
+    while True:
+        thing = rng.choice(DIGITS if digit else SHAPES), rng.choice(list(COLOURS))
+        if is_held_out(*thing, place) == held_out:
+            return thing
+
+
+def _chat(rng: random.Random, layout: Layout, turns: list[tuple[str, str]]) -> Chat:
+    picture = cells.draw(layout, rng, side=3, scale=rng.choice((1, 1, 1, 2)))
+    (question, answer), *more = turns
+    parts = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+    messages = [user(parts), assistant(answer)]
+    for question, answer in more:
+        messages += [user(question), assistant(answer)]
+    return Chat(messages, seen=[_words(layout, place) for place in range(len(PLACES))])
+
+
+def _words(layout: Layout, place: int) -> tuple[str, ...]:
+    """What is there, and where it is."""
+    return (*layout.get(place, ("nothing",)), *PLACES[place].split())
+
+
+def _question(
+    rng: random.Random, layout: Layout, kind: str, place: int | None = None
+) -> tuple[str, str] | None:
+    """Question and answer; None where this picture has nothing of the kind to ask for."""
+    if kind == "count":
+        return _count(rng, layout)
+    fits = [p for p, (what, _) in layout.items() if (what in DIGITS) == (kind == "digit")]
+    if kind == "place":
+        fits = [p for p in layout if list(layout.values()).count(layout[p]) == 1]
+    elif kind == "shape" and place is None and rng.random() < 0.15:
+        return _nothing(rng, layout)
+    if place is None and fits:
+        place = rng.choice(fits)
+    if place not in fits:
+        return None
+    what, colour = layout[place]
+    where = PLACES[place]
+    if kind == "colour":
+        return f"What colour is the shape at the {where}?", f"{colour.capitalize()}."
+    if kind == "shape":
+        return f"What is at the {where}?", f"{article(f'{colour} {what}')}."
+    if kind == "digit":
+        return f"Which digit is at the {where}?", f"{what}."
+    return f"Where is the {colour} {what}?", f"At the {where}."
+
+
+def _nothing(rng: random.Random, layout: Layout) -> tuple[str, str]:
+    place = rng.choice([p for p in range(len(PLACES)) if p not in layout])
+    return f"What is at the {PLACES[place]}?", "Nothing."
+
+
+def _count(rng: random.Random, layout: Layout) -> tuple[str, str]:
+    colours = [colour for _, colour in layout.values()]
+    if rng.random() < 0.5:
+        return "How many things are there?", f"{len(colours)}."
+    colour = rng.choice(colours)
+    return f"How many {colour} things are there?", f"{colours.count(colour)}."

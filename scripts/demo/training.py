@@ -1,0 +1,125 @@
+"""The loss, the optimiser and one step. Knows weights and batches; knows no clock and no file."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from demo import kernels
+from demo.packing import Batch
+from qwen_jax.model import vision
+from qwen_jax.model.cache import KVCache, RaggedBatch, VisualRows
+from qwen_jax.model.step import forward, unembed
+from qwen_jax.model.text import Decoded
+from qwen_jax.runtime import Runtime
+from qwen_jax.weights import derive
+from qwen_jax.weights.config import ModelConfig
+from qwen_jax.weights.params import Weights
+
+PEAK_RATE = 2e-3
+DECAY = 0.02  # of matrices, times the learning rate
+
+
+@struct.dataclass
+class State:
+    """What a step changes.
+
+    Attributes:
+        step: int32, steps done.
+        params: float32 weights.
+        moments: the optimiser's.
+    """
+
+    step: jax.Array
+    params: Weights
+    moments: Any
+
+
+def runtime() -> Runtime:
+    """One device, float32 and the differentiable kernels."""
+    kernels.register()
+    return Runtime.make(dtype="float32", kernels="train", devices=jax.devices()[:1])
+
+
+def start(config: ModelConfig, machine: Runtime, seed: int) -> State:
+    """Random weights."""
+    params = derive.init(config, seed, "float32", machine.mesh, machine.rules)
+    return State(jnp.zeros((), jnp.int32), params, _optimiser().init(params))
+
+
+def _optimiser() -> optax.GradientTransformation:
+    def matrices(params):
+        return jax.tree.map(lambda x: x.ndim > 1, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(b1=0.9, b2=0.98),
+        optax.add_decayed_weights(DECAY, mask=matrices),
+    )
+
+
+def loss(params: Weights, config: ModelConfig, machine: Runtime, batch: Batch) -> jax.Array:
+    """Mean cross entropy of the tokens to be learned."""
+    logits = logits_of(params, config, machine, batch)
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+    return jnp.sum(each * batch.weights) / jnp.sum(batch.weights)
+
+
+def logits_of(params: Weights, config: ModelConfig, machine: Runtime, batch: Batch) -> jax.Array:
+    """float32 [n, V], before each token to be learned."""
+    x_TD = decoded(params, config, machine, batch).x_TD
+    return unembed(params, x_TD[batch.learned], config, machine)
+
+
+def decoded(params: Weights, config: ModelConfig, machine: Runtime, batch: Batch) -> Decoded:
+    """Pictures and tokens through tower and decoder.
+
+    Of some pictures the last layer of the tower is hidden (``batch.kept``) behind the placeholder's
+    own embedding, so that what is in them must be told by the DeepStack levels, never hidden.
+    """
+    assert params.vision is not None
+    assert config.vision is not None
+    seen = vision.encode(
+        params.vision,
+        vision.VisionBatch(
+            batch.patches, batch.coordinates, batch.taps, batch.tap_weights, batch.segment_starts
+        ),
+        config.vision,
+        machine,
+    )
+    hidden = params.embed[config.image_token_id]
+    shown = jnp.where(batch.kept[:, None] > 0, seen.rows, hidden)
+    lengths = jnp.diff(batch.row_starts)
+    ragged = RaggedBatch(
+        tokens=batch.tokens,
+        positions=batch.positions,
+        row_starts=batch.row_starts,
+        kv_lens=lengths,
+        page_table=jnp.zeros((lengths.shape[0], 1), jnp.int32),
+        visual=VisualRows(shown, seen.levels, batch.source),
+    )
+    return forward(params, config, machine, ragged, _no_cache(config))
+
+
+def _no_cache(config: ModelConfig) -> KVCache:
+    """Pages that are neither written nor read: rows are whole."""
+    text = config.text
+    pages = jnp.zeros((1, 16, 2 * text.num_key_value_heads, text.head_dim))
+    return KVCache((pages,) * text.num_hidden_layers, (None,) * text.num_hidden_layers)
+
+
+@functools.lru_cache
+def make_step(config: ModelConfig, machine: Runtime):
+    """The jitted ``(state, batch, learning rate) -> (state, loss)``; the state is donated."""
+    optimiser = _optimiser()
+
+    def step(state: State, batch: Batch, rate: jax.Array) -> tuple[State, jax.Array]:
+        value, gradient = jax.value_and_grad(loss)(state.params, config, machine, batch)
+        updates, moments = optimiser.update(gradient, state.moments, state.params)
+        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        return State(state.step + 1, params, moments), value
+
+    return jax.jit(step, donate_argnums=0)

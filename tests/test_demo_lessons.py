@@ -1,0 +1,172 @@
+"""What the demo learns: nothing held out, batches that repeat, the prompts that serving makes."""
+
+import json
+import random
+import re
+
+import jax
+import numpy as np
+import pytest
+from demo import chats, code, encode, files, lessons, packing, pictures, tokenizer, tools, videos
+from demo.sample import Chat, Gap
+from demo.split import is_held_out
+from demo.words import DIGITS, PLACES, SHAPES
+
+from qwen_jax.inputs import Inputs
+from qwen_jax.picture_inputs import PictureInputs
+from qwen_jax.runtime import Buckets
+from qwen_jax.weights import derive
+from qwen_jax.weights.hf_config import from_hf
+
+LINES = packing.Shape.of(2)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("demo")
+    files.write(tokenizer.train(0), directory)
+    return encode.Encoder(directory, from_hf(json.loads((directory / "config.json").read_text())))
+
+
+def test_no_held_out_thing_is_in_a_picture_to_learn_from():
+    rng, kinds = random.Random(1), set()
+    for _ in range(200):
+        for place, (what, *more) in enumerate(pictures.lesson(rng).seen):
+            if what != "nothing":
+                kinds.add(what)
+                assert not is_held_out(what, more[0], place)
+    assert kinds == {*SHAPES, *DIGITS}
+
+
+@pytest.mark.parametrize("kind", ["colour", "shape", "place", "digit"])
+def test_an_examination_asks_for_the_held_out_thing(kind):
+    rng = random.Random(2)
+    for _ in range(50):
+        sample = pictures.examination(rng, kind)
+        question, answer = sample.messages[0]["content"][1]["text"], sample.messages[1]["content"]
+        held = [
+            (what, more[0], PLACES[place])
+            for place, (what, *more) in enumerate(sample.seen)
+            if what != "nothing" and is_held_out(what, more[0], place)
+        ]
+        ((what, colour, where),) = held
+        words = set(question.rstrip("?").split()) | set(answer.lower().rstrip(".").split())
+        expected = {"colour": colour, "shape": what, "digit": what, "place": what}[kind]
+        assert {expected, *where.split()} <= words
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_sums_and_calls_keep_to_their_side(held_out):
+    rng = random.Random(3)
+    for _ in range(100):
+        question = chats.sums(rng, held_out=held_out).messages[0]["content"]
+        a, sign, b = question.removeprefix("What is ").rstrip("?").split()
+        assert is_held_out("sum", sign == "+", int(a), int(b)) == held_out
+        for message in tools.lesson(rng, held_out=held_out).messages:
+            for call in message.get("tool_calls", ()):
+                function = call["function"]
+                key = (function["name"], *function["arguments"].values())
+                assert is_held_out(*key) == held_out
+
+
+def test_a_gap_to_examine_with_is_from_another_file_and_named_elsewhere():
+    rng, seen = random.Random(4), code.sources(held_out=False)
+    for _ in range(20):
+        gap = code.gap(rng, held_out=True)
+        whole = gap.prefix + gap.middle + gap.suffix
+        assert not any(whole in text for text in seen)
+        assert gap.middle in gap.prefix + gap.suffix
+
+
+def test_the_checkpoint_will_have_at_most_twelve_megabytes(encoder):
+    assert 2 * derive.count(encoder.config) < 12_000_000
+    assert encoder.config.text.moe_intermediate_size != encoder.config.text.hidden_size
+
+
+def test_a_batch_follows_from_seed_and_step(encoder):
+    one, same, other = (packing.make(encoder, LINES, seed=5, step=step) for step in (3, 3, 4))
+    jax.tree.map(np.testing.assert_array_equal, one, same)
+    assert (one.tokens != other.tokens).any()
+
+
+def test_what_is_learned_is_the_next_token_of_the_same_row(encoder):
+    batch = packing.make(encoder, LINES, seed=6, step=0, mixture={"tools": 1.0, "gaps": 1.0})
+    real = batch.weights > 0
+    at, targets = batch.learned[real], batch.targets[real]
+    assert real.sum() > 20
+    np.testing.assert_array_equal(batch.tokens[at + 1], targets)
+    row = np.searchsorted(batch.row_starts[1:], at, side="right")
+    assert (at + 1 < batch.row_starts[row + 1]).all()
+
+
+def test_tokens_of_a_picture_are_reordered_with_all_that_belongs_to_them(encoder):
+    sample = encoder.encode(pictures.lesson(random.Random(9)))
+    facts = {}
+    for name, rng in (("learning", random.Random(3)), ("serving", None)):
+        packer = packing.Packer(encoder.config, LINES, rng)
+        assert packer.put(sample)
+        batch = packer.batch()
+        said = {}
+        for at, word, own in zip(batch.learned, batch.targets, batch.sample, strict=True):
+            if own < 0 and batch.source[at] >= 0:
+                said.setdefault(int(at), []).append(int(word))
+        facts[name] = [
+            (int(batch.source[at]), *batch.positions[:, at].tolist(), *sorted(words))
+            for at, words in sorted(said.items())
+        ]
+    assert len(facts["serving"]) == 9
+    assert sorted(facts["learning"]) == sorted(facts["serving"]) != facts["learning"]
+    assert facts["serving"] == sorted(facts["serving"])
+
+
+@pytest.mark.parametrize("name", list(lessons.LESSONS))
+def test_training_sees_the_prompt_that_serving_makes(encoder, name):
+    inputs = Inputs(
+        encoder.tokenizer,
+        encoder.template,
+        PictureInputs(
+            encoder.config,
+            encoder.tokenizer,
+            encoder.rules,
+            options=None,
+            video_form="transformers-4.57",
+            buckets=Buckets(),
+            max_model_len=1024,
+        ),
+        vocab_size=tokenizer.SIZE,
+        max_model_len=1024,
+        most_tokens=1024,
+    )
+    rng = random.Random(7)
+    for _ in range(8):
+        sample = lessons.LESSONS[name](rng)
+        encoded = encoder.encode(sample)
+        first = int(np.argmax(encoded.learned))
+        if isinstance(sample, Chat):
+            options = {"tools": list(sample.tools) or None}
+            prompt = inputs.chat([sample.messages[0]], options)
+            said = encoder.tokenizer.decode(encoded.tokens[encoded.learned])
+            answers = [m["content"] for m in sample.messages if m["role"] == "assistant"]
+            assert "".join(answers) == re.sub("<tool_call>.*</tool_call>", "", said, flags=re.S)
+        elif isinstance(sample, Gap):
+            wrapped = None if sample.wrapped else False
+            prompt = inputs.fill(sample.prefix, sample.suffix, chat_wrapped=wrapped)
+        else:
+            prompt = inputs.prompt(sample.text)
+            first = len(encoded.tokens)
+        np.testing.assert_array_equal(encoded.tokens[:first], prompt.token_ids)
+        if prompt.vision is not None:
+            np.testing.assert_array_equal(
+                encoded.positions[:, :first], prompt.vision.positions[:, :first]
+            )
+
+
+def test_a_video_is_told_in_the_seconds_that_the_prompt_shows(encoder):
+    rng = random.Random(8)
+    for _ in range(20):
+        sample = videos.lesson(rng)
+        text = encoder.tokenizer.decode(encoder.encode(sample).tokens)
+        for message in sample.messages:
+            words = str(message["content"]).split()
+            if message["role"] == "assistant" and "seconds." in words:
+                assert f"<{words[1]} seconds>" in text

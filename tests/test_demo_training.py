@@ -1,0 +1,106 @@
+"""The training run: it learns, resumes as if it had not stopped, and writes what loading reads."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+from demo import files, run, tokenizer, training, weights
+from demo.schedule import CONSTANT, WARM, Schedule
+
+from qwen_jax.weights import checkpoint
+
+STEPS = 4
+
+
+def begin(directory):
+    return run.begin(directory, seed=1, lines=1, schedule=Schedule.of_steps(STEPS))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _a_small_model_compiles_sooner():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "READ", 1000)
+        patch.setitem(files._TEXT, "num_hidden_layers", 1)
+        patch.setitem(files._VISION, "depth", 1)
+        patch.setitem(files._VISION, "deepstack_visual_indexes", [0])
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run from its first step to its last."""
+    running = begin(tmp_path_factory.mktemp("whole"))
+    lines = list(run.train(running, log_every=1, questions=1))
+    assert len(lines) == running.step + 1 == STEPS + 1  # the quiz is the last
+    return running
+
+
+def test_a_resumed_run_ends_as_one_that_never_stopped(whole, tmp_path):
+    stopped = begin(tmp_path / "run")
+    for _ in itertools.islice(run.train(stopped, log_every=1, questions=0), STEPS // 2):
+        pass
+    run.save(stopped)
+    assert stopped.step == STEPS // 2
+    resumed = run.resume(tmp_path / "run")
+    for _ in run.train(resumed, questions=0):
+        pass
+    jax.tree.map(np.testing.assert_array_equal, resumed.state, whole.state)
+    with pytest.raises(ValueError, match="holds a run already"):
+        begin(tmp_path / "run")
+
+
+def test_a_batch_is_learned(whole):
+    batch = next(run.batches(whole))
+    step = training.make_step(whole.config, whole.machine)
+    state, losses = jax.tree.map(jnp.copy, whole.state), []
+    for _ in range(5):
+        state, loss = step(state, batch, jnp.float32(3e-3))
+        losses.append(float(loss))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_every_weight_gets_a_gradient(whole):
+    first = whole.state.moments[1].mu  # Adam's mean of the gradients
+    for path, leaf in jax.tree.leaves_with_path(first):
+        assert float(jnp.abs(leaf).max()) > 0, jax.tree_util.keystr(path)
+
+
+def test_the_checkpoint_holds_the_weights_in_bfloat16(whole):
+    loaded = checkpoint.load(whole.out, runtime=whole.machine)
+    assert loaded.config == whole.config
+
+    def same(trained, read):
+        rounded = np.asarray(trained).astype(ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(rounded.astype(np.float32), np.asarray(read))
+
+    jax.tree.map(same, whole.state.params, loaded.params)
+
+
+def test_the_writer_makes_the_bytes_that_another_one_makes(tmp_path):
+    wide = np.arange(6, dtype=np.float32).reshape(2, 3)
+    for length in range(1, 9):  # of a name: every padding of the header
+        tensors = {"b" * length: wide, "a": wide.T.astype(ml_dtypes.bfloat16)}
+        weights.save(tmp_path / "ours", tensors)
+        tiny.save_safetensors(tmp_path / "theirs", tensors)
+        assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_a_run_by_minutes_ends_when_they_are_over():
+    schedule, seconds, step = Schedule(minutes=10), 0.0, 0
+    while not schedule.is_over(step):
+        step, seconds = step + 1, seconds + 0.5
+        schedule = schedule.after(step, seconds, 2.0)
+    assert seconds == pytest.approx(600, abs=1)
+    assert schedule.falls == pytest.approx(1200 * CONSTANT, abs=2)
+    assert schedule.rate(schedule.falls) == 1.0
+    assert schedule.rate(schedule.ends - 1) == pytest.approx(0.02, abs=1e-3)
+    assert Schedule.of_steps(1200).rate(WARM // 2 - 1) == 0.5
+    assert Schedule(minutes=10).prolonged(300.0, 20).minutes == 25
+    with pytest.raises(ValueError, match="ends at step"):
+        schedule.prolonged(seconds, 20)
+    assert json.loads(json.dumps(vars(schedule))) == vars(schedule)
