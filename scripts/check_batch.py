@@ -45,8 +45,7 @@ def start(work: pathlib.Path, output: str, shard: str) -> subprocess.Popen:
     """A process that answers a shard."""
     command = [sys.executable, "-m", "qwen_jax.cli", "batch", "--model", str(work / "model")]
     command += ["-i", str(work / "in.jsonl"), "-o", str(work / output), "--shard", shard]
-    command += ["--resume", *OPTIONS, "--compilation-cache", str(work / "programs")]
-    return subprocess.Popen(command)
+    return subprocess.Popen([*command, "--resume", *OPTIONS])
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -66,18 +65,22 @@ def size(path: pathlib.Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def kill_at_random(process: subprocess.Popen, path: pathlib.Path, most: int, rng) -> int:
-    """Kills a process when its output has grown by up to ``most`` bytes, or before it has begun to
-    write; returns the whole lines that are there."""
-    wanted = size(path) + rng.randrange(most)
-    if rng.random() < 0.15:
-        time.sleep(rng.random() * 8)
-    else:
-        while size(path) < wanted and process.poll() is None:
-            time.sleep(0.0005)
-    process.kill()
-    process.wait()
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+def kill_at_random(running: dict[pathlib.Path, subprocess.Popen], most: int, rng) -> int:
+    """Kills processes, each when its output has grown by up to ``most`` bytes, or, one in seven, at
+    some moment from its start; returns how many were still at work."""
+    now, killed = time.monotonic(), 0
+    marks = {path: size(path) + rng.randrange(most) for path in running}
+    ends = {path: now + (rng.random() * 10 if rng.random() < 1 / 7 else 3600) for path in running}
+    while running:
+        for path, process in list(running.items()):
+            over = process.poll() is not None
+            if over or size(path) >= marks[path] or time.monotonic() > ends[path]:
+                killed += not over
+                process.kill()
+                process.wait()
+                del running[path]
+        time.sleep(0.0005)
+    return killed
 
 
 def read(paths: list[pathlib.Path], key) -> dict:
@@ -111,13 +114,18 @@ def check(work: pathlib.Path, *, kills: int, lines: int, shards: int, seed: int)
     seconds = time.monotonic() - began
     print(f"in one go   {written} lines: {len(whole[0])} answers, {len(whole[1])} errors; "
           f"{seconds:.0f} s")  # fmt: skip
-    outputs = parts(work / "out.jsonl", shards)
-    most = 2 * size(work / "whole.jsonl") // kills
-    for kill in range(0, kills, shards):
-        running = [start(work, "out.jsonl", f"{i}/{shards}") for i in range(shards)]
-        pairs = zip(running, outputs, strict=True)
-        left = [kill_at_random(process, path, most, rng) for process, path in pairs]
-        print(f"kill {kill + 1:2}..{kill + shards:2} answers on the disk: {left}", flush=True)
+    outputs, killed = parts(work / "out.jsonl", shards), 0
+    most = size(work / "whole.jsonl") // kills
+    while killed < kills:
+        running = {
+            path: start(work, "out.jsonl", f"{i}/{shards}") for i, path in enumerate(outputs)
+        }
+        new = kill_at_random(running, most, rng)
+        if not new:
+            raise SystemExit(f"the batch was over after {killed} kills: give more --lines")
+        killed += new
+        left = [path.read_bytes().count(b"\n") if path.exists() else 0 for path in outputs]
+        print(f"{killed:3} kills   answers on the disk: {left}", flush=True)
     for process in [start(work, "out.jsonl", f"{i}/{shards}") for i in range(shards)]:
         finish(process)
     resumed = contents(work, "out", shards)
