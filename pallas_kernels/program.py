@@ -40,6 +40,8 @@ class Program:
             once for certain is no loop in a schedule.
         baselines: other ways to the same result, by name.
         tunable: None where the kernel has no sizes to choose.
+        carried: which arguments are updated in place, by number, and the name of what each becomes
+            in the result; they are donated.
     """
 
     name: str
@@ -52,3 +54,4 @@ class Program:
     trips: tuple[float, ...]
     baselines: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     tunable: Tunable | None = None
+    carried: Mapping[int, str] = dataclasses.field(default_factory=dict)

@@ -187,7 +187,8 @@ def compiled(program, mesh):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), program.args
     )
     with jax.set_mesh(mesh):
-        return jax.jit(program.fn).lower(*args).compile()
+        fn = jax.jit(program.fn, donate_argnums=tuple(program.carried))
+        return fn.lower(*args).compile()
 
 
 if __name__ == "__main__":

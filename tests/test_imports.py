@@ -19,6 +19,7 @@ pallas_kernels.program
 pallas_kernels.tpu_schedule
 pallas_kernels.hopper
 pallas_kernels.gpu_report
+pallas_kernels.warpgroup
 pallas_kernels.narrow
 pallas_kernels.buffers
 pallas_kernels.ragged_dot.facts
@@ -46,11 +47,17 @@ pallas_kernels.paged_attention.tpu_copies
 pallas_kernels.paged_attention.tpu_attend
 pallas_kernels.paged_attention.tpu_kernel
 pallas_kernels.paged_attention.tpu
+pallas_kernels.paged_attention.gpu_shape
+pallas_kernels.paged_attention.gpu_bring
+pallas_kernels.paged_attention.gpu_kernel
+pallas_kernels.paged_attention.gpu_combine
+pallas_kernels.paged_attention.gpu
 pallas_kernels.paged_attention
 pallas_kernels.paged_attention.cases
 pallas_kernels.segment_attention.facts
 pallas_kernels.segment_attention.xla
 pallas_kernels.segment_attention.tpu
+pallas_kernels.segment_attention.gpu
 pallas_kernels.segment_attention
 pallas_kernels.segment_attention.cases
 pallas_kernels

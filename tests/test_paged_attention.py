@@ -197,13 +197,13 @@ def test_any_ragged_batch(data):
 @FORMS
 def test_no_page_is_read_behind_the_block_a_tile_ends_in(lens, monkeypatch):
     reads = []
-    read = xla._Cache.read
+    read = xla.Cache.read
 
     def counted(self, page, head, dtype):
         jax.debug.callback(lambda page: reads.append(page.size * PAGE), page)
         return read(self, page, head, dtype)
 
-    monkeypatch.setattr(xla._Cache, "read", counted)
+    monkeypatch.setattr(xla.Cache, "read", counted)
     monkeypatch.setattr(xla, "LANES", {"cpu": 1, "default": 1})
     jax.block_until_ready(jax.jit(lambda *args: call(*args))(*make(*lens).args()))
     jax.effects_barrier()

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from test_segment_attention import CASES, H, arrays, oracle
 
 from pallas_kernels.device import Device
-from pallas_kernels.segment_attention import Facts, tpu
+from pallas_kernels.segment_attention import Facts, tpu, xla
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -69,7 +69,7 @@ def test_bfloat16_comes_out_as_bfloat16_near_the_oracle():
 def test_a_walk_is_as_long_as_its_queries_segments():
     low = jnp.asarray([0] * 100 + [100] * 56 + [156] * 100 + [0] * 256, jnp.int32)
     high = jnp.asarray([100] * 100 + [156] * 56 + [256] * 100 + [0] * 256, jnp.int32)
-    first, blocks, _, _ = tpu._walks(low, high, 128, 64)
+    first, blocks, _, _ = xla.walks(low, high, 128, 64)
     # Tile 0 meets keys 0..156, tile 1 keys 100..256; the last two are padding.
     np.testing.assert_array_equal(first, [0, 1, 0, 0])
     np.testing.assert_array_equal(blocks, [3, 3, 0, 0])

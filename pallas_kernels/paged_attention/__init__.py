@@ -1,7 +1,7 @@
 """Causal attention of a ragged batch over a paged key/value cache, which it also writes.
 
 Knows rows, pages and positions; knows no layer, rotary embedding, mesh or allocator.
-Implementations: `xla`, `tpu`. This module checks what they all rely on.
+Implementations: `xla`, `tpu`, `gpu`. This module checks what they all rely on.
 """
 
 import jax
@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from pallas_kernels import registry
-from pallas_kernels.paged_attention import tpu, xla
+from pallas_kernels.paged_attention import gpu, tpu, xla
 from pallas_kernels.paged_attention.facts import Facts as Facts
 
 registry.register(tpu.IMPL)
+registry.register(gpu.IMPL)
 registry.register(xla.IMPL)
 
 LARGEST = xla.LARGEST

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.device import Device
-from pallas_kernels.paged_attention import paged_attention, tpu, tpu_config
+from pallas_kernels.paged_attention import PagedOut, gpu, paged_attention, tpu, tpu_config
 from pallas_kernels.paged_attention.facts import Facts
 from pallas_kernels.program import Program, Tunable
 
@@ -28,6 +28,7 @@ MODELS = {
     "cpu-bench": (16, 4, 64),
 }
 PUBLISHED = ("0.6B", "8B", "30B-A3B", "235B-A22B", "480B-A35B")
+KERNELS = {"tpu": tpu.IMPL, "gpu": gpu.IMPL}
 # Shard: ways the heads are split.
 SHARDS = {"whole": 1, "tp4": 4, "tp8": 8}
 # Form of the cache: its dtype, whether it has scales, and page sizes.
@@ -88,7 +89,7 @@ def cases(model: str, tensor_ways: int = 1) -> Iterator[Case]:
 
 def programs(device: Device) -> Iterator[Program]:
     """Every case of the published models that the device's kernel supports, in every form."""
-    if device.platform != "tpu":
+    if device.platform not in KERNELS:
         return
     for model in PUBLISHED:
         for ways in SHARDS.values():
@@ -96,7 +97,7 @@ def programs(device: Device) -> Iterator[Program]:
                 for form, (kv_dtype, scaled, page_sizes) in FORMS.items():
                     for page_size in page_sizes:
                         facts = case.facts(kv_dtype, scaled, page_size)
-                        if tpu.supports(device, facts) is None:
+                        if KERNELS[device.platform].supports(device, facts) is None:
                             name = f"paged_attention/{case.name}/{form}/page-{page_size}"
                             yield _program(name, case, facts, device)
 
@@ -119,18 +120,24 @@ def _program(name: str, case: Case, facts: Facts, device: Device) -> Program:
     pairs = sum(n * (s - (n - 1) / 2) for n, s in zip(case.new_tokens, case.kv_lens, strict=True))
     # Queries and results, and the new keys and values in and out.
     own = T * (4 * N * H + 2 * per_position)
-    read, trips = tpu.walk_lengths(facts, case.new_tokens, case.kv_lens, device)
+    moved = sum(case.kv_lens) * per_position + own
+    copied, trips = moved, ()
+    if device.platform == "tpu":
+        lengths = case.new_tokens, case.kv_lens
+        read, trips = tpu.walk_lengths(facts, *lengths, device)
+        copied = read * per_position + own
     return Program(
         name,
-        functools.partial(call, "tpu"),
+        functools.partial(call, device.platform),
         args,
         make=functools.partial(_make, case, args),
-        moved=sum(case.kv_lens) * per_position + own,
+        moved=moved,
         flops=4 * pairs * N * H,
-        copied=read * per_position + own,
+        copied=copied,
         trips=trips,
-        baselines={"xla": functools.partial(call, "xla")},
-        tunable=_tunable(facts, T <= B),
+        baselines={"xla": functools.partial(call, "xla"), **_dense(case, device)},
+        carried={3: "pages"} | ({4: "scales"} if facts.scaled else {}),
+        tunable=_tunable(facts, T <= B) if device.platform == "tpu" else None,
     )
 
 
@@ -147,6 +154,19 @@ def _tunable(facts: Facts, decode: bool) -> Tunable:
 
     tiles = map(dataclasses.asdict, tpu_config.candidates(facts, decode))
     return Tunable(tpu_config.key(facts, decode), tuple(tiles), with_tiles)
+
+
+def _dense(case: Case, device: Device) -> dict:
+    """cuDNN's causal attention over the new keys, where those are all there are."""
+    if device.platform != "gpu" or case.new_tokens != case.kv_lens or len(case.kv_lens) > 1:
+        return {}
+
+    def cudnn(q, k, v, pages, scales, *_):
+        one = (x[None] for x in (q, k, v))
+        how = {"scale": case.head_dim**-0.5, "is_causal": True, "implementation": "cudnn"}
+        return PagedOut(jax.nn.dot_product_attention(*one, **how)[0], pages, scales)
+
+    return {"cudnn": cudnn}
 
 
 def _make(case: Case, args, seed: int) -> tuple:

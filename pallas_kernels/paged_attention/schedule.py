@@ -18,6 +18,45 @@ class Tiles:
     tokens: jax.Array
     position: jax.Array
 
+    def parts(self, block: int, least: int, wanted: int) -> "Parts":
+        """Cuts every tile's context (the positions up to its last token) into parts of equal size.
+
+        Args:
+            block: key positions; parts are whole blocks long, but for a tile's last one.
+            least: blocks of a part at least.
+            wanted: about how many parts there should be; a static bound is the number of tiles
+                plus this.
+        """
+        length = jnp.where(self.tokens > 0, self.position + self.tokens, 0)
+        blocks = -(-length // block)
+        size = jnp.maximum(least, -(-jnp.sum(blocks) // wanted))
+        count = -(-blocks // size)
+        last = jnp.cumsum(count)
+        part = jnp.arange(length.shape[0] + wanted, dtype=jnp.int32)
+        tile = jnp.sum(part[:, None] >= last, axis=1, dtype=jnp.int32)
+        tile = jnp.minimum(tile, length.shape[0] - 1)
+        begin = (part - (last - count)[tile]) * size * block
+        end = jnp.minimum(begin + size * block, length[tile])
+        used = part < last[-1]
+        return Parts(tile, jnp.where(used, begin, 0), jnp.where(used, end, 0), last - count, count)
+
+
+@struct.dataclass
+class Parts:
+    """Contexts of tiles cut into parts, so that long ones are shared by several blocks of threads.
+
+    Attributes:
+        tile: int32 [parts], whose.
+        begin, end: int32 [parts], its key positions; both 0 behind the last part.
+        first, count: int32 [tiles]: a tile's parts are ``first:first + count``.
+    """
+
+    tile: jax.Array
+    begin: jax.Array
+    end: jax.Array
+    first: jax.Array
+    count: jax.Array
+
 
 @struct.dataclass
 class Touched:

@@ -55,14 +55,14 @@ def paged_attention(
     # Entries behind a row's context may be anything; whole blocks of them are read, and masked.
     table = jnp.clip(page_table, 0, num_pages - 1)
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % max(1, BLOCK // page_size))))
-    cache = _Cache(narrow.as_bytes(pages), scales, table, pages.dtype)
-    cache = _write(k_TKH, v_TKH, cache, rows)
+    cache = Cache(narrow.as_bytes(pages), scales, table, pages.dtype)
+    cache = write(k_TKH, v_TKH, cache, rows)
     out = _attend(q_TNH, cache, rows, sm_scale)
     return out, narrow.from_bytes(cache.pages, pages.dtype), cache.scales
 
 
 @struct.dataclass
-class _Cache:
+class Cache:
     """The pages (float8 as bytes), their scales, and the page table in whole blocks."""
 
     pages: jax.Array
@@ -92,7 +92,8 @@ def quantize(x, dtype):
     return jnp.clip(x, -largest, largest).astype(dtype), scale
 
 
-def _write(k_TKH, v_TKH, cache, rows):
+def write(k_TKH, v_TKH, cache, rows):
+    """`Cache` with the new keys and values in their slots: one scatter of pages, one of scales."""
     T, K, H = k_TKH.shape
     num_pages, page_size = cache.pages.shape[:2]
     at = rows.single(T)

@@ -1,17 +1,18 @@
 """Bidirectional attention inside segments of a flat sequence: pictures side by side in one batch.
 
-Knows segments; knows no page, layer, rotary embedding or mesh. Implementations: `xla`, `tpu`.
-This module checks what they all rely on.
+Knows segments; knows no page, layer, rotary embedding or mesh. Implementations: `xla`, `tpu`,
+`gpu`. This module checks what they all rely on.
 """
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import registry
-from pallas_kernels.segment_attention import tpu, xla
+from pallas_kernels.segment_attention import gpu, tpu, xla
 from pallas_kernels.segment_attention.facts import Facts as Facts
 
 registry.register(tpu.IMPL)
+registry.register(gpu.IMPL)
 registry.register(xla.IMPL)
 
 

@@ -12,9 +12,10 @@ import numpy as np
 
 from pallas_kernels.device import Device
 from pallas_kernels.program import Program
-from pallas_kernels.segment_attention import segment_attention, tpu
+from pallas_kernels.segment_attention import gpu, segment_attention, tpu
 from pallas_kernels.segment_attention.facts import Facts
 
+KERNELS = {"tpu": tpu.IMPL, "gpu": gpu.IMPL}
 # Heads and head dimension of the two published towers.
 TOWERS = {"heads-16x64": (16, 64), "heads-16x72": (16, 72)}
 # Patches, in segments of equal size.
@@ -23,35 +24,43 @@ BATCHES = {"1024": (1024, 1), "4096": (4096, 1), "16384": (16384, 1), "video-163
 
 def programs(device: Device) -> Iterator[Program]:
     """Every batch through every tower's attention, in bfloat16."""
-    if device.platform != "tpu":
+    if device.platform not in KERNELS:
         return
     for batch, (U, segments) in BATCHES.items():
         for tower, (N, H) in TOWERS.items():
-            if tpu.supports(device, Facts(N, H, "bfloat16")) is None:
-                yield _program(f"segment_attention/{batch}/{tower}", U, segments, N, H)
+            if KERNELS[device.platform].supports(device, Facts(N, H, "bfloat16")) is None:
+                name = f"segment_attention/{batch}/{tower}"
+                yield _program(name, device.platform, U, segments, N, H)
 
 
-def _program(name: str, U: int, segments: int, N: int, H: int) -> Program:
+def _program(name: str, impl: str, U: int, segments: int, N: int, H: int) -> Program:
     part = jax.ShapeDtypeStruct((U, N, H), jnp.bfloat16)
     args = (part, part, part, jax.ShapeDtypeStruct((segments + 1,), jnp.int32))
 
     def call(impl, q, k, v, starts):
         return segment_attention(q, k, v, segment_starts=starts, sm_scale=H**-0.5, impl=impl)
 
+    def cudnn(q, k, v, _):  # segments of equal size, which is all that is benchmarked
+        each = (x.reshape(segments, -1, N, H) for x in (q, k, v))
+        return jax.nn.dot_product_attention(*each, scale=H**-0.5, implementation="cudnn")
+
+    baselines = {"xla": functools.partial(call, "xla")}
+    baselines |= {"cudnn": cudnn} if impl == "gpu" else {}
     size = 2 * U * N * H
     length = U // segments
-    walks = -(-U // tpu.TILE)
-    blocks = -(-length // tpu.BLOCK)
+    kernel = {"tpu": tpu, "gpu": gpu}[impl]
+    walks = -(-U // kernel.TILE)
+    blocks = -(-length // kernel.BLOCK)
     return Program(
         name,
-        functools.partial(call, "tpu"),
+        functools.partial(call, impl),
         args,
         make=functools.partial(_make, args, segments),
         moved=4 * size,
         flops=4 * N * U * length * H,
-        copied=2 * size + N * walks * blocks * 4 * tpu.BLOCK * H,
+        copied=2 * size + N * walks * blocks * 4 * kernel.BLOCK * H,
         trips=(N * walks * blocks,),
-        baselines={"xla": functools.partial(call, "xla")},
+        baselines=baselines,
     )
 
 

@@ -73,19 +73,9 @@ def segment_attention(q_UNH, k_UNH, v_UNH, segment_starts, sm_scale, interpret=F
     return jnp.where(used[:, None, None], out, 0)
 
 
-def _walks(low, high, tile: int, block: int):
-    """Per tile: its first block, its number of blocks, and the keys that all of its queries see."""
-    low, high = low.reshape(-1, tile), high.reshape(-1, tile)
-    used = high > low
-    first = jnp.min(jnp.where(used, low, jnp.iinfo(jnp.int32).max), axis=1) // block
-    end = -(-jnp.max(high, axis=1) // block)
-    blocks = jnp.maximum(end - first, 0)
-    return jnp.where(blocks > 0, first, 0), blocks, jnp.max(low, axis=1), jnp.min(high, axis=1)
-
-
 def _call(q_NHU, k_NUH, v_NHU, low, high, tile, block, sm_scale, interpret):
     N, H, U = q_NHU.shape
-    walks = _walks(low, high, tile, block)
+    walks = xla.walks(low, high, tile, block)
 
     def at(n, i, j, first, blocks, *_):
         # Behind the end of a walk the block stays, and nothing is copied.

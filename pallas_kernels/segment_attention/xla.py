@@ -48,6 +48,16 @@ def seen(segment_starts, U):
     return jnp.where(inside, low, 0), jnp.where(inside, high, 0)
 
 
+def walks(low, high, tile: int, block: int):
+    """Per tile: its first block, its number of blocks, and the keys that all of its queries see."""
+    low, high = low.reshape(-1, tile), high.reshape(-1, tile)
+    used = high > low
+    first = jnp.min(jnp.where(used, low, jnp.iinfo(jnp.int32).max), axis=1) // block
+    end = -(-jnp.max(high, axis=1) // block)
+    blocks = jnp.maximum(end - first, 0)
+    return jnp.where(blocks > 0, first, 0), blocks, jnp.max(low, axis=1), jnp.min(high, axis=1)
+
+
 def _tile(q_tNH, low_t, high_t, k_UNH, v_UNH, sm_scale, block):
     U, N, H = k_UNH.shape
     tile = q_tNH.shape[0]
