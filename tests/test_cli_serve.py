@@ -3,11 +3,13 @@
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 
 import httpx
 import pytest
+from fake_llm import FakeLLM
 
 from qwen_jax import cli
 from qwen_jax.commands import serve
@@ -82,6 +84,21 @@ def test_an_open_address_without_a_key_is_warned_of(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["serve", "--model", "/nowhere", "--port", str(port)]) == 2
+    said = capsys.readouterr().err
+    assert f"127.0.0.1:{port} cannot be had: Address already in use" in said
+    assert "/nowhere" not in said
+
+
+def test_compiling_is_told_of_where_there_is_no_bar(monkeypatch, capsys):
+    monkeypatch.setattr(serve, "_SAY_EVERY", -1.0)
+    serve._warm_up(parse(), FakeLLM())
+    assert "compile: 1 of 1 programs" in capsys.readouterr().err
+
+
 PROGRAM = f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
@@ -90,7 +107,7 @@ from test_cli_serve import parse
 from qwen_jax.commands import serve
 args = parse("--port", "0", "--state-dir", "off", "--no-access-log")
 llm = FakeLLM(lambda prompt, i: "x" * 50, pause=0.01)
-serve.serve(args, llm, serve._settings(args, "M"))
+serve.serve(args, llm, serve._settings(args, "M"), serve.bind(args))
 assert llm.engine.closed and llm.engine.warm
 print("ended")
 """

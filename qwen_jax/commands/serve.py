@@ -6,6 +6,7 @@ import ipaddress
 import os
 import pathlib
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 EXAMPLE = "qwen-jax serve --model Qwen/Qwen3-0.6B --port 8000 --api-key secret"
 
 _MIB = 2**20
+_SAY_EVERY = 10.0  # seconds, where there is no bar
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -88,12 +90,34 @@ def run(args: argparse.Namespace) -> int:
     from qwen_jax.commands import session
 
     _check_address(args)
-    llm = session.open_llm(args)
-    serve(args, llm, settings)
+    with bind(args) as address:
+        llm = session.open_llm(args)
+        serve(args, llm, settings, address)
     return 0
 
 
-def serve(args: argparse.Namespace, llm: Any, settings: "Settings") -> None:
+def bind(args: argparse.Namespace) -> socket.socket:
+    """Takes the address before a model is loaded for it; nobody is answered there yet.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    with contextlib.ExitStack() as unless_taken:
+        try:
+            found = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)
+            taken = unless_taken.enter_context(socket.socket(found[0][0]))
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taken.bind(found[0][4])
+        except OSError as error:
+            raise ValueError(
+                f"serve: {args.host}:{args.port} cannot be had: {error.strerror}; give another "
+                "--host or --port (0: any free one)"
+            ) from None
+        unless_taken.pop_all()
+    return taken
+
+
+def serve(args: argparse.Namespace, llm: Any, settings: "Settings", address: socket.socket) -> None:
     """Serves a model that is loaded, until a signal ends it."""
     import uvicorn
 
@@ -113,9 +137,10 @@ def serve(args: argparse.Namespace, llm: Any, settings: "Settings") -> None:
             server_header=False,
             timeout_graceful_shutdown=int(settings.send_timeout) + 1,
         )
-        session.say(args, f"serving {settings.model_names[0]} on http://{args.host}:{args.port}")
+        port = address.getsockname()[1]
+        session.say(args, f"serving {settings.model_names[0]} on http://{args.host}:{port}")
         with _signals_end_it():
-            Server(config, service).run()
+            Server(config, service).run(sockets=[address])
     finally:
         llm.engine.close()
 
@@ -124,17 +149,21 @@ def _warm_up(args: argparse.Namespace, llm: Any) -> None:
     """Compiles what requests will need, so that none of them waits for it."""
     from tqdm import tqdm
 
-    began = time.monotonic()
+    from qwen_jax.commands import session
+
+    began = said = time.monotonic()
     shown = not args.quiet and sys.stderr.isatty()
     with tqdm(desc="compile", unit="program", disable=not shown, leave=False) as bar:
 
         def show(done: int, whole: int) -> None:
+            nonlocal said
             bar.total = whole
             bar.update(done - bar.n)
+            if not shown and time.monotonic() > said + _SAY_EVERY:  # in a log, or a container
+                said = time.monotonic()
+                session.say(args, f"compile: {done} of {whole} programs")
 
         llm.engine.warmup(show)
-    from qwen_jax.commands import session
-
     try:
         _ = llm.forms.compiler
     except (ModuleNotFoundError, ValueError) as error:  # said to those who ask for a form, too
