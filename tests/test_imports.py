@@ -133,6 +133,7 @@ qwen_jax.prompt.mrope
 qwen_jax.prompt.vision_prompt
 
 qwen_jax.structured
+qwen_jax.structured.number_bounds
 qwen_jax.structured.spec
 qwen_jax.structured.matcher
 qwen_jax.structured.parameters

@@ -1,3 +1,4 @@
+import itertools
 import json
 import re
 
@@ -10,7 +11,7 @@ from structured_samples import VOCAB, allowed, compiler, sample, tokenizer
 from qwen_jax.prompt.tokenizer import Tokenizer
 from qwen_jax.requests import SamplingParams
 from qwen_jax.structured.compile import GrammarCompiler
-from qwen_jax.structured.spec import StructuredOutputs, ToolCalls
+from qwen_jax.structured.spec import StructuredOutputs, ToolCalls, read_schema
 
 SCHEMAS = [*json_schemas.HARD, *json_schemas.generated(200 - len(json_schemas.HARD))]
 MANY = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(3000)}}
@@ -25,15 +26,55 @@ def validates(text, schema):
 def test_every_text_sampled_under_a_schema_validates(first):
     for i, schema in enumerate(SCHEMAS[first : first + 20], first):
         grammar = compiler().compile(StructuredOutputs(json=schema))
-        text = sample(grammar, seed=i)
-        try:
-            validates(text, schema)
-        except (ValueError, jsonschema.ValidationError) as error:
-            pytest.fail(f"schema {i} {json.dumps(schema)}: {text!r}: {error}")
+        for patience in (60, 0):  # the latter ends a text wherever it may end
+            text = sample(grammar, seed=i, patience=patience)
+            try:
+                validates(text, schema)
+            except (ValueError, jsonschema.ValidationError) as error:
+                pytest.fail(f"schema {i} {json.dumps(schema)}: {text!r}: {error}")
 
 
 def test_there_are_200_schemas_and_they_differ():
     assert len({json.dumps(schema) for schema in SCHEMAS}) == 200
+
+
+NUMBERS = (-2, -1.5, -1, -0.5, 0, 0.001, 0.5, 1, 1.5, 2)
+
+
+@pytest.mark.parametrize("low", ["minimum", "exclusiveMinimum"])
+@pytest.mark.parametrize("high", ["maximum", "exclusiveMaximum"])
+def test_a_number_is_allowed_if_and_only_if_it_is_within_its_bounds(low, high):
+    for least, most in itertools.combinations(NUMBERS, 2):
+        schema = {"type": "number", low: least, high: most}
+        grammar = compiler().compile(StructuredOutputs(json=schema))
+        for number in NUMBERS:
+            is_valid = jsonschema.Draft202012Validator(schema).is_valid(number)
+            assert can_be(grammar, repr(number)) == is_valid, (schema, number)
+
+
+def can_be(grammar, text):
+    """Whether a text may be all that there is."""
+    matcher, end = grammar.matcher(), tokenizer().id("<|im_end|>")
+    for token in tokenizer().encode(text):
+        if token not in allowed(matcher):
+            return False
+        matcher.accept([token])
+    return matcher.finished or end in allowed(matcher)
+
+
+def test_bounds_are_moved_in_schemas_and_not_in_values():
+    close = {"exclusiveMinimum": 0, "maximum": 0.5}
+    moved = {"minimum": 1e-30, "maximum": 0.5}
+    schema = {"properties": {"const": close}, "anyOf": [close, {"const": close}], "items": close}
+    assert read_schema(schema, "x") == {
+        "properties": {"const": moved},
+        "anyOf": [moved, {"const": close}],
+        "items": moved,
+    }
+    kept = {"exclusiveMinimum": 0, "maximum": 1, "exclusiveMaximum": 10**400}
+    assert read_schema(kept, "x") == kept
+    both = {"exclusiveMaximum": -1, "maximum": -1.25, "minimum": -1.5}
+    assert read_schema(both, "x") == {"maximum": -1.25, "minimum": -1.5}
 
 
 def test_a_schema_may_be_text():

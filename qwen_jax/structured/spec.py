@@ -10,6 +10,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from qwen_jax.structured.number_bounds import nearest_bounds
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -130,7 +132,7 @@ class Grammar:
 
 
 def read_schema(schema: Any, name: str) -> Mapping[str, Any] | bool:
-    """A JSON schema as plain JSON values.
+    """A JSON schema as plain JSON values, its bounds as `nearest_bounds` writes them.
 
     Args:
         schema: a mapping, True or False, or the text of one of these.
@@ -144,6 +146,7 @@ def read_schema(schema: Any, name: str) -> Mapping[str, Any] | bool:
             schema = json.loads(schema, parse_constant=_no_constant)
         else:
             schema = json.loads(json.dumps(schema, allow_nan=False))
+        schema = nearest_bounds(schema)
     except RecursionError:
         raise ValueError(f"{name} is nested too deep") from None
     except (TypeError, ValueError) as error:
