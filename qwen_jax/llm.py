@@ -38,8 +38,8 @@ class LLM:
     Args:
         model: hub id[@revision], local Hugging Face or orbax directory, gs:// path, or, with
             ``load_format="dummy"``, a preset name.
-        mesh, strategy, dtype, kv_cache_dtype, kernels, page_size: see `Runtime.make`; a mesh of
-            "auto" puts every device on the expert axis, or on the tensor axis for a dense model.
+        mesh, strategy: see `Runtime.make`; what is "auto" is chosen by `planner.choose`.
+        dtype, kv_cache_dtype, kernels, page_size, dispatch: see `Runtime.make`.
         quantization: None keeps the checkpoint as it is; "int8" and "fp8" requantise, explicitly.
         max_model_len: longest context; None: the model's, or what fits.
         max_num_seqs: most rows at once.
@@ -72,6 +72,7 @@ class LLM:
         load_format: str = "auto",
         kernels: str | Mapping[str, str] = "auto",
         page_size: int = 64,
+        dispatch: str = "auto",
         seed: int = 0,
         revision: str | None = None,
         cache_dir: str | None = None,
@@ -91,6 +92,7 @@ class LLM:
             kv_cache_dtype=kv_cache_dtype,
             kernels=kernels,
             page_size=page_size,
+            dispatch=dispatch,
             config=config,
             quantization=quantization,
         )

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 import pallas_kernels  # noqa: F401  (importing the ops registers their implementations)
 from pallas_kernels import registry
 from pallas_kernels.device import Device
-from qwen_jax import kernel_facts
+from qwen_jax import expert_dispatch, kernel_facts
 from qwen_jax import sharding as sharding_lib
 from qwen_jax.sharding import Rules
 from qwen_jax.weights.config import ModelConfig
@@ -103,6 +103,7 @@ class Runtime:
         kv_dtype: of the cache's pages.
         page_size: token positions per page.
         buckets: declared shapes.
+        dispatch: how tokens meet their experts: "auto" or one of `expert_dispatch.FORMS`.
     """
 
     mesh: Mesh
@@ -112,10 +113,22 @@ class Runtime:
     kv_dtype: str = "bfloat16"
     page_size: int = 64
     buckets: Buckets = Buckets()
+    dispatch: str = "auto"
 
     def kernel(self, op: str) -> str:
         """The name of the implementation chosen for ``op``, one of `OPS`."""
         return dict(self.kernels)[op]
+
+    def dispatch_of(self, tokens: int, width: int) -> str:
+        """The form of `expert_dispatch` that a step of ``tokens`` tokens of ``width`` uses."""
+        return expert_dispatch.resolve(
+            self.dispatch,
+            mesh=self.mesh,
+            rules=self.rules,
+            tokens=tokens,
+            width=width,
+            dtype=self.dtype,
+        )
 
     def facts(self, config: ModelConfig) -> dict[str, Sequence[Any]]:
         """What the kernels are told of a model on these devices, see `kernel_facts.of`."""
@@ -142,6 +155,7 @@ class Runtime:
         devices: Sequence | None = None,
         config: ModelConfig | None = None,
         quantization: str | None = None,
+        dispatch: str = "auto",
     ) -> "Runtime":
         """Resolves every "auto" once, and logs what was decided and why.
 
@@ -157,6 +171,7 @@ class Runtime:
             config: of the model that will run; without it "auto" takes the kernels that run
                 anything, because the others have sizes they need.
             quantization: how its weights will be requantised on load, None for as they are.
+            dispatch: "auto" (by the rule of `expert_dispatch.resolve`) or a form's name.
 
         Raises:
             ValueError: an unknown name, an impossible mesh, or a kernel that cannot run here.
@@ -166,6 +181,8 @@ class Runtime:
         for _, axes in rules.table:
             sharding_lib.ways(mesh, axes)  # raises where the mesh has no such axis
         device = Device.of(mesh.devices.flat[0])
+        expert_dispatch.check(dispatch, mesh=mesh, rules=rules, platform=device.platform)
+        log.info("dispatch: %s", expert_dispatch.described(dispatch))
         dtype = _activation_dtype(dtype, device.platform)
         if kv_cache_dtype == "auto":
             kv_cache_dtype = dtype
@@ -193,6 +210,7 @@ class Runtime:
             kv_dtype=kv_cache_dtype,
             page_size=page_size,
             buckets=buckets or Buckets(),
+            dispatch=dispatch,
         )
 
 

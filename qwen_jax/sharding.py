@@ -227,6 +227,11 @@ def replicate_kv(rules: Rules, mesh: Mesh, kv_heads: int) -> Rules:
     return rules.replicate("K")
 
 
+def for_tokens(rules: Rules, mesh: Mesh, tokens: int) -> Rules:
+    """These rules, with T left whole where ``tokens`` do not divide over its axes."""
+    return rules.replicate("T") if tokens % ways(mesh, rules.axes("T")) else rules
+
+
 def constrain(x: jax.Array, dims: str, mesh: Mesh, rules: Rules) -> jax.Array:
     """Tells the partitioner how an activation is laid out; nothing on a mesh of one device.
 
@@ -238,8 +243,7 @@ def constrain(x: jax.Array, dims: str, mesh: Mesh, rules: Rules) -> jax.Array:
     if mesh.size == 1:
         return x
     sizes = dict(zip(dims.split(), x.shape, strict=True))
-    if sizes.get("T", 0) % ways(mesh, rules.axes("T")):
-        rules = rules.replicate("T")
+    rules = for_tokens(rules, mesh, sizes.get("T", 0))
     place = spec(dims, mesh, rules, sizes, "activation")
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place))
 
@@ -262,5 +266,16 @@ def shard_index(mesh: Mesh, axes: Sequence[str]) -> jax.Array | int:
 
 def reduce_over(x: jax.Array, mesh: Mesh, axes: Sequence[str]) -> jax.Array:
     """Inside `per_shard`: the sum over the devices of ``axes``."""
-    live = tuple(a for a in axes if mesh.shape[a] > 1)
-    return jax.lax.psum(x, live) if live else x
+    used = live(mesh, axes)
+    return jax.lax.psum(x, used) if used else x
+
+
+def scatter_over(x: jax.Array, mesh: Mesh, axes: Sequence[str]) -> jax.Array:
+    """Inside `per_shard`: the piece of that sum, along the first axis, that this device keeps."""
+    used = live(mesh, axes)
+    return jax.lax.psum_scatter(x, used, scatter_dimension=0, tiled=True) if used else x
+
+
+def live(mesh: Mesh, axes: Sequence[str]) -> tuple[str, ...]:
+    """Those of ``axes`` that split anything."""
+    return tuple(a for a in axes if mesh.shape[a] > 1)

@@ -64,6 +64,7 @@ pallas_kernels
 
 qwen_jax.dims
 qwen_jax.sharding
+qwen_jax.expert_dispatch
 
 qwen_jax.weights
 qwen_jax.weights.config
@@ -99,6 +100,7 @@ qwen_jax.model.cache
 qwen_jax.model.row_shards
 qwen_jax.model.attention
 qwen_jax.model.routing
+qwen_jax.model.dispatch
 qwen_jax.model.moe
 qwen_jax.model.text
 qwen_jax.model.vision

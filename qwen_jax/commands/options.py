@@ -77,6 +77,7 @@ def add_runtime(parser: argparse.ArgumentParser, *, rows: bool = True) -> None:
         "--mesh", default="auto", help='e.g. "expert=8", "data=2,tensor=4" (default: all devices)'
     )
     group.add_argument("--strategy", choices=STRATEGIES, default="auto", help="sharding rules")
+    add_dispatch(group)
     group.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="of activations; a CPU takes float32"
     )
@@ -100,6 +101,16 @@ def add_runtime(parser: argparse.ArgumentParser, *, rows: bool = True) -> None:
         help="""of pictures and videos, e.g. '{"max_pixels": 1000000}', '{"fps": 1}'""",
     )
     add_compilation_cache(group)
+
+
+def add_dispatch(group) -> None:
+    """How tokens meet their experts."""
+    group.add_argument(
+        "--dispatch",
+        choices=DISPATCHES,
+        default="auto",
+        help="how tokens and experts come together over devices (qwen_jax/expert_dispatch.py)",
+    )
 
 
 def add_compilation_cache(group) -> None:
@@ -187,8 +198,8 @@ def llm_options(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(NO_MODEL)
     same = (
         "mesh strategy dtype quantization kv_cache_dtype max_model_len max_num_seqs "
-        "max_num_batched_tokens hbm_utilization load_format kernels page_size revision cache_dir "
-        "mm_processor_kwargs"
+        "max_num_batched_tokens hbm_utilization load_format kernels page_size dispatch revision "
+        "cache_dir mm_processor_kwargs"
     )
     return {
         "model": args.model,

@@ -8,12 +8,15 @@ Knows which devices hold which experts; the matmuls over sorted rows are
                                         group_sizes = [3, 0, 1, 2]
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from pallas_kernels.ragged_dot import ragged_dot
 from qwen_jax import sharding as sharding_lib
+from qwen_jax.model import dispatch
 from qwen_jax.model.routing import Routing, route
 from qwen_jax.runtime import Runtime
 from qwen_jax.weights import quant
@@ -34,36 +37,45 @@ def moe(
 ) -> tuple[jax.Array, Routing]:
     """One sparse layer: [T, D] in, [T, D] out, zero for padding; and where its tokens went.
 
-    Every device sees all tokens, computes the rows of the experts (and the slice of F) it holds,
-    weighs and adds them up per token, and the partial sums are added over the devices.
-    Source: transformers Qwen3MoeSparseMoeBlock.
+    How tokens and experts come together over devices is the form of `dispatch` that the runtime
+    names. Source: transformers Qwen3MoeSparseMoeBlock.
     """
-    mesh, rules = runtime.mesh, runtime.rules
-    routing = route(weights.router, x_TD, is_token, config)
-    axes = rules.axes("E") + rules.axes("F")
-
-    def local(gate_up: Weight, down: Weight, x_TD, routing: Routing):
-        first = sharding_lib.shard_index(mesh, rules.axes("E")) * gate_up.shape[0]
-        out = _experts(gate_up, down, x_TD, routing, first, config, runtime)
-        return sharding_lib.reduce_over(out, mesh, axes)
-
-    replicated = PartitionSpec()
-    out = sharding_lib.per_shard(
-        local,
-        mesh,
-        in_specs=(
+    mesh, rules = runtime.mesh, dispatch.router_rules(runtime, *x_TD.shape)
+    x_TD = sharding_lib.constrain(x_TD, "T D", mesh, rules)
+    routing = _route_where_they_are(weights.router, x_TD, is_token, config, mesh, rules)
+    out = dispatch.run(
+        partial(_experts, config=config, runtime=runtime),
+        (weights.gate_up, weights.down),
+        x_TD,
+        routing,
+        specs=(
             _weight_spec(weights.gate_up, "E P D F", runtime),
             _weight_spec(weights.down, "E F D", runtime),
-            replicated,
-            replicated,
         ),
-        out_specs=replicated,
-    )(weights.gate_up, weights.down, x_TD, routing)
-    return sharding_lib.constrain(out.astype(x_TD.dtype), "T D", mesh, rules), routing
+        num_experts=config.num_experts,
+        runtime=runtime,
+    )
+    return out, routing
 
 
-def _experts(gate_up, down, x_TD, routing: Routing, first, config: TextConfig, runtime: Runtime):
+def _route_where_they_are(router, x_TD, is_token, config: TextConfig, mesh, rules) -> Routing:
+    """`route`, with tokens left on the devices of T: XLA would gather all logits for top-k."""
+    rules = sharding_lib.for_tokens(rules, mesh, x_TD.shape[0])
+    split, rows = (sharding_lib.spec(dims, mesh, rules) for dims in ("T", "T ."))
+    here = sharding_lib.per_shard(
+        partial(route, config=config),
+        mesh,
+        in_specs=(PartitionSpec(), rows, split),
+        out_specs=rows,
+    )
+    return here(router, x_TD, is_token)
+
+
+def _experts(
+    weights, first, x_TD, routing: Routing, *, config: TextConfig, runtime: Runtime
+) -> jax.Array:
     """Rows sorted by expert through the experts held here; float32 [T, D], a partial sum."""
+    gate_up, down = weights
     tokens, active = routing.experts.shape
     chosen = routing.experts.reshape(-1)
     order = jnp.argsort(chosen, stable=True)

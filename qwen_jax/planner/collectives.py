@@ -10,10 +10,10 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from qwen_jax import expert_dispatch
 from qwen_jax import sharding as sharding_lib
 from qwen_jax.runtime import Runtime
 from qwen_jax.weights.config import ModelConfig
-from qwen_jax.weights.params import Mlp, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +21,12 @@ class Collective:
     """One kind of message of a step.
 
     Attributes:
-        op: "all-reduce" or "all-gather".
+        op: in XLA's words, "all-reduce", "all-gather", "reduce-scatter" …
         where: what it is for.
         bytes: of its whole result on each device, each time.
         count: times per step.
         ways: devices that take part.
+        share: of the bytes that travel at all, where the rest is room for the worst case.
     """
 
     op: str
@@ -33,12 +34,13 @@ class Collective:
     bytes: int
     count: int
     ways: int
+    share: float = 1.0
 
     @property
     def sent(self) -> float:
         """Bytes that each device must send per step at least (ring or better)."""
-        passes = 2 if self.op == "all-reduce" else 1
-        return self.count * passes * self.bytes * (self.ways - 1) / self.ways
+        results = {"all-reduce": 2, "reduce-scatter": self.ways}.get(self.op, 1)
+        return self.count * results * self.share * self.bytes * (self.ways - 1) / self.ways
 
 
 def of_step(config: ModelConfig, runtime: Runtime, *, tokens: int, rows: int) -> list[Collective]:
@@ -56,24 +58,34 @@ def of_step(config: ModelConfig, runtime: Runtime, *, tokens: int, rows: int) ->
     queries = head * text.num_attention_heads // part("N")
     keys = head * max(1, text.num_key_value_heads // part("K"))
     layers = text.num_hidden_layers
-    sparse = sum(not isinstance(layer.mlp, Mlp) for layer in table(config).layers)
+    sparse = sum(map(text.is_moe, range(layers)))
     wanted = [
         ("all-reduce", "embedding", stream // split, 1, part("V")),
         ("all-reduce", "attention", stream // split, layers, part("N")),
         ("all-reduce", "rows", queries, layers, part("B")),
-        # Partial sums of experts are added in float32.
-        ("all-reduce", "experts", tokens * text.hidden_size * 4, sparse, part("EF")),
         ("all-reduce", "dense MLP", stream // split, layers - sparse, part("I")),
         ("all-gather", "logits", rows * text.vocab_size * 4, 1, part("V")),
         ("all-gather", "queries", queries, layers, split),
         ("all-gather", "keys", keys, 2 * layers, split),
-        ("all-gather", "tokens for experts", stream, sparse, split),
     ]
     found = []
     for op, where, size, count, ways in wanted:
         if ways > 1 and count:
             found.append(Collective(op, where, size, count, ways))
-    return found
+    return found + (of_experts(config, runtime, runtime.dispatch, tokens) if sparse else [])
+
+
+def of_experts(config: ModelConfig, runtime: Runtime, form: str, tokens: int) -> list[Collective]:
+    """The collectives of all sparse layers of one step, in a form of `expert_dispatch`."""
+    text = config.text
+    given = {"tokens": tokens, "width": text.hidden_size, "dtype": runtime.dtype}
+    where = {"mesh": runtime.mesh, "rules": runtime.rules}
+    form = expert_dispatch.resolve(form, **where, **given)
+    sparse = sum(map(text.is_moe, range(text.num_hidden_layers)))
+    sent = expert_dispatch.messages(
+        form, **where, **given, experts=text.num_experts, active=text.num_experts_per_tok
+    )
+    return [Collective(m.op, f"experts, {form}", m.bytes, sparse, m.ways, m.share) for m in sent]
 
 
 def imbalance(config: ModelConfig, runtime: Runtime, tokens: int, *, draws: int = 256) -> float:
