@@ -17,14 +17,14 @@ from qwen_jax.engine.engine import Engine, Limits
 from qwen_jax.engine.pictures import FeatureStore
 from qwen_jax.engine.request import Defaults
 from qwen_jax.engine.totals import Totals
-from qwen_jax.functional import auto_mesh, find_tokenizer
+from qwen_jax.functional import find_tokenizer
 from qwen_jax.inputs import Inputs, Messages, add_message, eos_ids, find_template
 from qwen_jax.picture_inputs import PictureInputs, find_rules
+from qwen_jax.planner.choose import runtime_for
 from qwen_jax.prompt import fim
 from qwen_jax.prompt.vision_prompt import VideoForm
 from qwen_jax.requests import Prompt, PromptLike, SamplingParams, as_prompts, params_for_each
 from qwen_jax.results import RequestOutput, StreamEvent
-from qwen_jax.runtime import Runtime
 from qwen_jax.sharding import Rules
 from qwen_jax.structured.forms import Forms, matchers
 from qwen_jax.weights import checkpoint
@@ -85,15 +85,17 @@ class LLM:
             model, load_format=load_format, revision=revision, cache_dir=cache_dir
         )
         config = checkpoint.read_config(source, overrides=config_overrides)
-        self.runtime = Runtime.make(
-            mesh=auto_mesh(config) if isinstance(mesh, str) and mesh == "auto" else mesh,
+        self.runtime = runtime_for(
+            config,
+            rows=max_num_seqs,
+            max_model_len=max_model_len,
+            mesh=mesh,
             strategy=strategy,
             dtype=dtype,
             kv_cache_dtype=kv_cache_dtype,
             kernels=kernels,
             page_size=page_size,
             dispatch=dispatch,
-            config=config,
             quantization=quantization,
         )
         chunk = prefill_limit(self.runtime, max_num_batched_tokens, max_num_seqs)

@@ -12,13 +12,17 @@ Examples:
 import argparse
 import dataclasses
 import json
+import math
 import sys
+
+import jax
 
 from qwen_jax.planner.check import compile_plan
 from qwen_jax.planner.chips import Topology
-from qwen_jax.planner.plan import Load
+from qwen_jax.planner.plan import Load, abstract_runtime
 from qwen_jax.planner.search import search
-from qwen_jax.weights import presets
+from qwen_jax.weights import derive, presets
+from qwen_jax.weights.requantize import requantized
 
 MATRIX = (
     ("Qwen3-30B-A3B", "v5e:2x4", Load(batch=8, context=8192)),
@@ -26,7 +30,7 @@ MATRIX = (
     ("Qwen3-Coder-480B-A35B-Instruct-FP8", "v6e:8x8", Load(batch=64, context=32768)),
     ("Qwen3-Coder-480B-A35B-Instruct-FP8", "v5p:4x4x4", Load(batch=64, context=32768)),
     ("Qwen3-Coder-480B-A35B-Instruct-FP8", "v7x:2x2x2", Load(batch=64, context=32768)),
-    ("Qwen3-VL-235B-A22B-Thinking", "v6e:4x4", Load(batch=1, context=4096)),
+    ("Qwen3-VL-235B-A22B-Thinking", "v6e:4x8", Load(batch=16, context=8192)),
 )
 
 
@@ -63,6 +67,7 @@ def compiled(name: str, topology: str, load: Load, layers: int | None):
         text = dataclasses.replace(config.text, num_hidden_layers=layers)
         config = dataclasses.replace(config, text=text)
     plan = search(config, Topology.parse(topology), load)[0]
+    held = array_bytes(config, plan)
     for step, found in zip(("decode", "prefill"), compile_plan(config, plan), strict=True):
         arguments = plan.weights + plan.cache
         yield {
@@ -81,6 +86,10 @@ def compiled(name: str, topology: str, load: Load, layers: int | None):
             },
             "planned_arguments_gb": round(arguments / 1e9, 3),
             "planned_peak_gb": round(plan.peak / 1e9, 3),
+            "cache_donated": found.donated >= plan.cache,
+            "copied_like_weights_or_cache_mb": [
+                round(n / 1e6, 1) for n in found.copies if n in held
+            ],
             "kernels": dict(plan.kernels),
             "calls": found.calls,
             "copies_mb": [round(n / 1e6, 1) for n in found.copies],
@@ -89,6 +98,19 @@ def compiled(name: str, topology: str, load: Load, layers: int | None):
                 for (op, size), count in sorted(found.collectives.items())
             ],
         }
+
+
+def array_bytes(config, plan) -> set[int]:
+    """Bytes on a device of each weight, and of a layer's pages."""
+    stored, load = requantized(config, plan.load.quantization), plan.load
+    mesh = abstract_runtime(plan.mesh, plan.rules, load).mesh
+    arrays = jax.tree.leaves(derive.abstract(stored, load.dtype))
+    places = jax.tree.leaves(derive.shardings(stored, mesh, plan.rules))
+    sizes = {
+        math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize
+        for x, place in zip(arrays, places, strict=True)
+    }
+    return sizes | {plan.cache // config.text.num_hidden_layers}
 
 
 if __name__ == "__main__":

@@ -43,6 +43,11 @@ def pytest_addoption(parser):
         default=os.environ.get("QWEN_JAX_SHARED_DATA"),
         help="directory with real configs, chat templates, tensor names and the tokenizer",
     )
+    parser.addoption(
+        "--all-strategies",
+        action="store_true",
+        help="test_strategy_matrix: every strategy on every mesh of eight, not a sample",
+    )
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from qwen_jax import cli, runtime, sharding
+from qwen_jax import cli, expert_dispatch, runtime, sharding
 from qwen_jax.commands import options, output
 from qwen_jax.requests import SamplingParams
 from qwen_jax.weights import location, quant
@@ -230,7 +230,8 @@ def test_every_argument_of_the_llm_has_its_option():
         "--model m --mesh expert=2 --strategy ep --dtype float32 --quantization int8 "
         "--kv-cache-dtype fp8 --max-model-len 99 --max-num-seqs 3 --max-num-batched-tokens 77 "
         "--hbm-utilization 0.5 --load-format dummy --kernels ragged_dot=xla --page-size 32 "
-        "--seed 4 --revision r --cache-dir d --config-override a=1 --config-override b=x "
+        "--dispatch reduce-scatter --seed 4 --revision r --cache-dir d "
+        "--config-override a=1 --config-override b=x "
         '--mm-processor-kwargs {"fps":1}'
     )
     found = options.llm_options(parser("generate").parse_args(argv.split()))
@@ -248,6 +249,7 @@ def test_every_argument_of_the_llm_has_its_option():
         "load_format": "dummy",
         "kernels": {"ragged_dot": "xla"},
         "page_size": 32,
+        "dispatch": "reduce-scatter",
         "seed": 4,
         "revision": "r",
         "cache_dir": "d",
@@ -265,6 +267,7 @@ def test_the_names_that_options_offer_are_the_librarys():
     assert options.DTYPES == runtime.ACTIVATION_DTYPES
     assert ("auto", *runtime.KV_DTYPES) == options.KV_DTYPES
     assert ("auto", *sharding.STRATEGIES) == options.STRATEGIES
+    assert ("auto", *expert_dispatch.FORMS) == options.DISPATCHES
     assert options.LOAD_FORMATS == location.LOAD_FORMATS
     assert set(options.QUANTIZATIONS) == set(quant.FORMATS)
 

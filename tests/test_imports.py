@@ -75,6 +75,7 @@ qwen_jax.weights.quant
 qwen_jax.weights.config_json
 qwen_jax.weights.params
 qwen_jax.weights.derive
+qwen_jax.weights.layout
 qwen_jax.weights.requantize
 qwen_jax.kernel_facts
 qwen_jax.runtime
@@ -190,6 +191,7 @@ qwen_jax.planner.compiled
 qwen_jax.planner.plan
 qwen_jax.planner.check
 qwen_jax.planner.search
+qwen_jax.planner.choose
 
 qwen_jax.llm
 

@@ -1,10 +1,12 @@
-"""Every strategy computes what one device computes: prefill, chunks, decode and mixtures."""
+"""Rows on many devices: in the generate loop, in the engine, and one by one.
+
+That every strategy computes what one device computes is `test_strategy_matrix`.
+"""
 
 import functools
 import tempfile
 from unittest import mock
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,17 +14,14 @@ import tiny
 
 from qwen_jax import functional
 from qwen_jax.llm import LLM
-from qwen_jax.model.cache import make_cache, pack, row_ways
+from qwen_jax.model.cache import make_cache
 from qwen_jax.model.row_shards import rows_here
-from qwen_jax.model.step import jit_step
 from qwen_jax.requests import SamplingParams
 from qwen_jax.runtime import Buckets, Runtime
 from qwen_jax.sharding import Rules
 from qwen_jax.weights import checkpoint
 
 PAGE = 16
-LENGTHS = (19, 1, 33, 7)
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @functools.cache
@@ -40,70 +39,6 @@ def runtime(mesh: str, strategy: str | Rules) -> Runtime:
     return Runtime.make(
         mesh=mesh, strategy=strategy, dtype="float32", page_size=PAGE, buckets=small
     )
-
-
-def table(rows: int, width: int, ways: int) -> tuple[np.ndarray, int]:
-    """Pages in no order, those of a row all in one of ``ways`` pieces; and how many pages."""
-    per_piece = -(-rows // ways) * width
-    rng = np.random.default_rng(1)
-    pieces = [rng.permutation(per_piece) + i * per_piece for i in range(ways)]
-    taken = [0] * ways
-    found = np.zeros((rows, width), np.int32)
-    for row in range(rows):
-        piece = (row * 5 + 1) % ways  # neighbours in the batch are on other devices
-        found[row] = pieces[piece][taken[piece] : taken[piece] + width]
-        taken[piece] += width
-    return found, per_piece * ways
-
-
-@functools.cache
-def three_steps(variant: str, mesh: str, strategy: str) -> list[np.ndarray]:
-    """Logits of a first chunk of every prompt, of the rest with a decoding row, and of a decode."""
-    machine = runtime(mesh, strategy)
-    loaded = checkpoint.load(checkpoint.resolve(directory(variant)), runtime=machine)
-    prompts = [tiny.prompt(n, loaded.config.text.vocab_size, seed=n) for n in LENGTHS]
-    pages, count = table(4, 4, row_ways(machine))
-    cache = make_cache(loaded.config.text, machine, count)
-    cache = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache)
-    halves = [-(-n // 2) for n in LENGTHS]
-    new = [np.array([n % 7], np.int32) for n in LENGTHS]
-    parts = (
-        ([p[:h] for p, h in zip(prompts, halves, strict=True)], [0] * 4, 64),
-        (
-            [
-                p[h:] if h < len(p) else new[b]
-                for b, (p, h) in enumerate(zip(prompts, halves, strict=True))
-            ],
-            halves,
-            64,
-        ),
-        ([*new[:1], [], *new[2:]], [LENGTHS[0], 2, *LENGTHS[2:]], 4),
-    )
-    found = []
-    for rows, cached, size in parts:
-        batch = pack(rows, cached, pages, num_tokens=size)
-        out = jit_step(loaded.params, loaded.config, machine, batch, cache, logits="all")
-        cache = out.cache
-        found.append(np.asarray(out.logits)[: sum(map(len, rows))])
-    return found
-
-
-@pytest.mark.parametrize(
-    ("mesh", "strategy"),
-    [
-        ("data=8", "dp-attention+ep"),
-        ("data=2,expert=2,tensor=2", "dp-attention+ep"),
-        ("expert=4,tensor=2", "sp+ep+tp"),
-        ("expert=4,tensor=2", "dp-attention+ep+tp"),
-        ("data=2,expert=2,tensor=2", "sp+ep"),
-        ("expert=4,tensor=2", "ep+tp"),
-        ("expert=2,tensor=2", "tp-attention+ep"),
-    ],
-)
-def test_steps_on_eight_devices_equal_steps_on_one(mesh, strategy):
-    wanted = three_steps("moe", "tensor=1", "replicated")
-    for ours, theirs in zip(three_steps("moe", mesh, strategy), wanted, strict=True):
-        np.testing.assert_allclose(ours, theirs, **CLOSE)
 
 
 def test_long_rows_and_their_tokens_are_generated_wherever_their_pages_are():

@@ -187,18 +187,20 @@ def _text_side(location: "Location", args: argparse.Namespace) -> dict[str, Any]
 def _machine(args: argparse.Namespace, config: "ModelConfig", devices: Any) -> dict[str, Any]:
     """How it would run here: kernels, and whether it fits."""
     from qwen_jax.engine.capacity import make_plan
-    from qwen_jax.functional import auto_mesh
     from qwen_jax.model.cache import page_bytes
-    from qwen_jax.runtime import Runtime
+    from qwen_jax.planner.choose import runtime_for
 
-    runtime = Runtime.make(
-        mesh=auto_mesh(config) if args.mesh == "auto" else args.mesh,
+    runtime = runtime_for(
+        config,
+        rows=args.max_num_seqs,
+        max_model_len=args.max_model_len,
+        mesh=args.mesh,
         strategy=args.strategy,
         dtype=args.dtype,
         kv_cache_dtype=args.kv_cache_dtype,
         kernels=args.kernels,
         page_size=args.page_size,
-        config=config,
+        dispatch=args.dispatch,
         quantization=args.quantization,
     )
     found = {

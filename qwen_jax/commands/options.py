@@ -18,6 +18,7 @@ DTYPES = ("bfloat16", "float32")
 KV_DTYPES = ("auto", "bfloat16", "float32", "fp8", "int8")
 LOAD_FORMATS = ("auto", "safetensors", "orbax", "dummy")
 QUANTIZATIONS = ("fp8", "int8")
+DISPATCHES = ("auto", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all")
 STRATEGIES = (
     "auto",
     "replicated",

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from qwen_jax.commands import options
 
 if TYPE_CHECKING:
-    from qwen_jax.planner.chips import Topology
-    from qwen_jax.planner.plan import Load, Plan
+    from qwen_jax.planner.plan import Plan
     from qwen_jax.weights.config import ModelConfig
+    from qwen_jax.weights.layout import Layout
 
 EXAMPLE = "qwen-jax plan --model Qwen3-30B-A3B --topology v5e:2x4 --batch 8 --context 8192"
 
@@ -36,6 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strategy", choices=options.STRATEGIES, default="auto", help="sharding rules"
     )
+    options.add_dispatch(parser)
     parser.add_argument("--dtype", choices=options.DTYPES, default="bfloat16")
     parser.add_argument("--kv-cache-dtype", choices=options.KV_DTYPES, default="auto")
     parser.add_argument("--quantization", choices=options.QUANTIZATIONS, help="requantise on load")
@@ -44,6 +45,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--fast", action="store_true", help="arithmetic only: do not compile for a TPU"
     )
     parser.add_argument("--search", action="store_true", help="all meshes and strategies, ranked")
+    parser.add_argument(
+        "--layout", action="store_true", help="also every parameter: how it is split, its bytes"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options.add_model(parser)
     options.add_debug(parser)
@@ -60,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from qwen_jax.planner.chips import Topology
     from qwen_jax.planner.plan import Load
     from qwen_jax.planner.search import search
+    from qwen_jax.sharding import parse_mesh
     from qwen_jax.weights.checkpoint import read_config
 
     topology = Topology.parse(args.topology)
@@ -74,44 +79,71 @@ def run(args: argparse.Namespace) -> int:
         page_size=args.page_size,
         utilization=args.utilization,
     )
+    plans = search(
+        config,
+        topology,
+        load,
+        mesh=None if args.mesh == "auto" else parse_mesh(args.mesh),
+        strategy=args.strategy,
+        dispatch=args.dispatch,
+    )
     if args.search:
-        plans = search(config, topology, load)
         if args.json:
-            output.write_json([report(plan) for plan in plans])
+            output.write_json([report(config, plan) for plan in plans])
         else:
-            output.write(plan_text.ranking([report(plan) for plan in plans]) + "\n")
+            output.write(plan_text.ranking([report(config, plan) for plan in plans]) + "\n")
         return 0
-    plan = _chosen(args, config, topology, load)
+    plan = plans[0]
     if topology.chip.platform == "tpu" and not args.fast:
         plan = _compiled(args, config, plan)
-    found = report(plan)
+    found = report(config, plan)
     if not plan.fits:
         from qwen_jax.planner.search import propose
 
         better = propose(config, topology, load)
-        found["proposal"] = None if better is None else report(better)
+        found["proposal"] = None if better is None else report(config, better)
     if args.json:
         output.write_json(found)
     else:
         output.write(plan_text.lines(args.model, found) + "\n")
+        if args.layout:
+            output.write(f"\n{_layout(config, plan)}\n")
     return 0
 
 
-def _chosen(
-    args: argparse.Namespace, config: "ModelConfig", topology: "Topology", load: "Load"
-) -> "Plan":
-    from qwen_jax.planner.plan import make_plan
-    from qwen_jax.planner.search import search
-    from qwen_jax.sharding import parse_mesh
+def _layout(config: "ModelConfig", plan: "Plan") -> "Layout":
+    from qwen_jax.planner.plan import abstract_runtime
+    from qwen_jax.weights.layout import layout_of
+    from qwen_jax.weights.requantize import requantized
 
-    if args.mesh != "auto":
-        return make_plan(config, topology, load, mesh=parse_mesh(args.mesh), strategy=args.strategy)
-    plans = search(config, topology, load)
-    if args.strategy != "auto":
-        plans = [plan for plan in plans if plan.strategy == args.strategy]
-        if not plans:
-            raise ValueError(f"plan: strategy {args.strategy!r} divides on no mesh of {topology}")
-    return plans[0]
+    load = plan.load
+    mesh = abstract_runtime(plan.mesh, plan.rules, load).mesh
+    return layout_of(requantized(config, load.quantization), mesh, plan.rules, load.dtype)
+
+
+def _dispatch(config: "ModelConfig", plan: "Plan") -> dict[str, Any]:
+    """Bytes that a device sends for its experts in a step, for every form that could run."""
+    from qwen_jax.expert_dispatch import FORMS, check
+    from qwen_jax.planner.collectives import of_experts
+    from qwen_jax.planner.plan import abstract_runtime
+
+    runtime = abstract_runtime(plan.mesh, plan.rules, plan.load, plan.dispatch)
+    found: dict[str, Any] = {"asked": plan.dispatch, "forms": {}}
+    if not config.text.num_experts:
+        return found
+    where = {"mesh": runtime.mesh, "rules": runtime.rules}
+    steps = {"decode": plan.load.batch, "prefill": plan.load.chunk}
+    found |= {step: runtime.dispatch_of(n, config.text.hidden_size) for step, n in steps.items()}
+    for form in FORMS:
+        try:
+            check(form, **where, platform=plan.topology.chip.platform)
+        except ValueError:  # this mesh or chip has no such form
+            continue
+        found["forms"][form] = {
+            step: sum(c.sent for c in of_experts(config, runtime, form, n))
+            for step, n in steps.items()
+        }
+    return found
 
 
 def _compiled(args: argparse.Namespace, config: "ModelConfig", plan: "Plan") -> "Plan":
@@ -122,7 +154,7 @@ def _compiled(args: argparse.Namespace, config: "ModelConfig", plan: "Plan") -> 
     return check(config, plan)
 
 
-def report(plan: "Plan") -> dict[str, Any]:
+def report(config: "ModelConfig", plan: "Plan") -> dict[str, Any]:
     """A plan as JSON."""
     gb = {name: getattr(plan, name) for name in ("weights", "cache", "temporary", "peak", "limit")}
     return {
@@ -137,6 +169,7 @@ def report(plan: "Plan") -> dict[str, Any]:
         "kv_tokens": plan.kv_tokens,
         "collectives": [{**dataclasses.asdict(c), "sent": c.sent} for c in plan.collectives],
         "kernels": dict(plan.kernels),
+        "dispatch": _dispatch(config, plan),
         "expert_imbalance": plan.imbalance,
         "bound": {
             "decode_tokens_per_s": plan.decode_tokens_per_s,

@@ -26,6 +26,7 @@ def lines(model: str, report: dict[str, Any]) -> str:
         ),
         ("kernels", ", ".join(f"{op}: {name}" for op, name in r["kernels"].items())),
         ("experts", _imbalance(r["expert_imbalance"])),
+        *_dispatch(r["dispatch"]),
         *_collectives(r["collectives"]),
     ]
     text = _table(rows)
@@ -75,6 +76,23 @@ def _rate(tokens_per_s: float) -> str:
 
 def _imbalance(factor: float) -> str:
     return f"the busiest device reads {factor:.2f} times the average of expert weights in decode"
+
+
+def _dispatch(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What each form of dispatch would send, those in use marked."""
+    if not any(sent["prefill"] for sent in found["forms"].values()):
+        return []
+    uses = {step: found[step] for step in ("decode", "prefill")}
+    rows = [
+        ", ".join(
+            f"{size(sent[step])} in {step}{' (in use)' * (uses[step] == form)}" for step in uses
+        )
+        for form, sent in found["forms"].items()
+    ]
+    return [
+        ("" if i else "dispatch", f"{form}: a device sends {row}")
+        for i, (form, row) in enumerate(zip(found["forms"], rows, strict=True))
+    ]
 
 
 def _collectives(found: list[dict[str, Any]]) -> list[tuple[str, str]]:

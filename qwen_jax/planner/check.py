@@ -46,6 +46,7 @@ def compile_plan(config: ModelConfig, plan: Plan) -> tuple[Compiled, Compiled]:
         page_size=load.page_size,
         devices=topology_devices(plan.topology.jax_name),
         config=stored,
+        dispatch=plan.dispatch,
     )
     width = math.ceil(load.context / load.page_size)
     given = {"pages": load.batch * width, "table_width": width}

@@ -58,6 +58,8 @@ def topology_devices(name: str) -> list[Any]:
             "or plan by arithmetic with --fast"
         )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask
+    # Compiling takes no TPU, so several programs may do it at once.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except jax.errors.JaxRuntimeError as error:

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from pallas_kernels import registry
 from pallas_kernels.device import Device
-from qwen_jax import roofline
+from qwen_jax import expert_dispatch, roofline
 from qwen_jax import sharding as sharding_lib
 from qwen_jax.engine.capacity import weight_bytes
 from qwen_jax.model.cache import page_bytes, row_ways
@@ -105,6 +105,7 @@ class Plan:
         imbalance: of expert weights read by the busiest device in decode, against the average.
         collectives: of a decode step.
         kernels: operation -> the implementation that would be chosen there.
+        dispatch: the form of `expert_dispatch` that was asked for.
         source: "arithmetic", or "compiled" where the compiler gave temporary and collectives.
     """
 
@@ -123,6 +124,7 @@ class Plan:
     imbalance: float
     collectives: tuple[Collective, ...]
     kernels: Mapping[str, str]
+    dispatch: str
     source: str = "arithmetic"
 
     @property
@@ -153,12 +155,13 @@ def make_plan(
     *,
     mesh: Mapping[str, int],
     strategy: str | Rules = "auto",
+    dispatch: str = "auto",
 ) -> Plan:
     """Plans by arithmetic.
 
     Raises:
         ValueError: the mesh does not have the topology's devices, a size does not divide over it,
-            or the context is longer than the model's.
+            the dispatch cannot run there, or the context is longer than the model's.
     """
     limit = config.text.max_position_embeddings
     if load.context > limit:
@@ -171,7 +174,9 @@ def make_plan(
             f"{topology.devices}"
         )
     stored = requantized(config, load.quantization)
-    runtime = abstract_runtime(mesh, strategy, load)
+    runtime = abstract_runtime(mesh, strategy, load, dispatch)
+    platform = topology.chip.platform
+    expert_dispatch.check(dispatch, mesh=runtime.mesh, rules=runtime.rules, platform=platform)
     weights = weight_bytes(stored, runtime)
     token = page_bytes(config.text, runtime) / runtime.page_size
     token /= sharding_lib.ways(runtime.mesh, runtime.rules.axes("K"))
@@ -196,6 +201,7 @@ def make_plan(
         imbalance=uneven,
         collectives=tuple(of_step(config, runtime, tokens=load.batch, rows=load.batch)),
         kernels=_kernels(stored, runtime, topology),
+        dispatch=dispatch,
     )
 
 
@@ -206,7 +212,9 @@ def _kernels(config: ModelConfig, runtime: Runtime, topology: Topology) -> Mappi
     return {op: registry.choose(op, "auto", device, found).name for op, found in used.items()}
 
 
-def abstract_runtime(mesh: Mapping[str, int], strategy: str | Rules, load: Load) -> Runtime:
+def abstract_runtime(
+    mesh: Mapping[str, int], strategy: str | Rules, load: Load, dispatch: str = "auto"
+) -> Runtime:
     """A runtime of devices that need not exist: for shapes, never to run."""
     unknown = sorted(set(mesh) - set(sharding_lib.AXES))
     if unknown:
@@ -220,6 +228,7 @@ def abstract_runtime(mesh: Mapping[str, int], strategy: str | Rules, load: Load)
         dtype=load.dtype,
         kv_dtype=load.dtype if load.kv_dtype == "auto" else load.kv_dtype,
         page_size=load.page_size,
+        dispatch=dispatch,
     )
 
 

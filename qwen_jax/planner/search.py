@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from qwen_jax import sharding as sharding_lib
 from qwen_jax.planner.chips import Topology
 from qwen_jax.planner.plan import Load, Plan, make_plan
+from qwen_jax.sharding import Rules
 from qwen_jax.weights.config import ModelConfig
 from qwen_jax.weights.quant import FORMATS
 
@@ -38,27 +39,43 @@ def _digits(plan: Plan) -> int:
     return len(str(int(plan.decode_tokens_per_s))) - 3
 
 
-def search(config: ModelConfig, topology: Topology, load: Load) -> list[Plan]:
-    """Every mesh of the axes expert and tensor with every named strategy, the best first.
+def search(
+    config: ModelConfig,
+    topology: Topology,
+    load: Load,
+    *,
+    mesh: Mapping[str, int] | None = None,
+    strategy: str | Rules = "auto",
+    dispatch: str = "auto",
+) -> list[Plan]:
+    """Plans, the best first (`rank`): of every mesh and strategy, or of those that are given.
 
     Of strategies that mean the same on a mesh the first is kept. What does not divide is left out.
+
+    Args:
+        config, topology, load, dispatch: as for `make_plan`.
+        mesh: None: every mesh of the axes expert and tensor.
+        strategy: "auto": every named one.
 
     Raises:
         ValueError: nothing divides; it says why for the last one tried.
     """
     found: dict[tuple, Plan] = {}
     problem = None
-    for mesh in meshes(topology.devices):
-        for name in sharding_lib.STRATEGIES:
+    names = sharding_lib.STRATEGIES if strategy == "auto" else (strategy,)
+    for sizes in meshes(topology.devices) if mesh is None else (mesh,):
+        for name in names:
             try:
-                plan = make_plan(config, topology, load, mesh=mesh, strategy=name)
+                plan = make_plan(
+                    config, topology, load, mesh=sizes, strategy=name, dispatch=dispatch
+                )
             except ValueError as error:
                 problem = error
                 continue
             key = (plan.weights, plan.cache, plan.collectives, plan.imbalance)
             found.setdefault(key, plan)
     if not found:
-        raise ValueError(f"plan: no mesh of {topology} holds this model: {problem}")
+        raise ValueError(f"plan: no mesh of {topology} holds this model: {problem}") from problem
     return sorted(found.values(), key=rank)
 
 
