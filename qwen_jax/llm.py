@@ -38,8 +38,7 @@ class LLM:
     Args:
         model: hub id[@revision], local Hugging Face or orbax directory, gs:// path, or, with
             ``load_format="dummy"``, a preset name.
-        mesh, strategy: see `Runtime.make`; what is "auto" is chosen by `planner.choose`.
-        dtype, kv_cache_dtype, kernels, page_size, dispatch: see `Runtime.make`.
+        mesh, strategy, dtype, kv_cache_dtype, kernels, page_size, dispatch: see `runtime_for`.
         quantization: None keeps the checkpoint as it is; "int8" and "fp8" requantise, explicitly.
         max_model_len: longest context; None: the model's, or what fits.
         max_num_seqs: most rows at once.

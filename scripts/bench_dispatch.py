@@ -20,7 +20,7 @@ from qwen_jax import sharding
 from qwen_jax.expert_dispatch import FORMS
 from qwen_jax.model.moe import moe
 from qwen_jax.planner.collectives import of_experts
-from qwen_jax.planner.compiled import collectives_of
+from qwen_jax.planner.program_text import collectives_of
 from qwen_jax.runtime import Runtime
 from qwen_jax.weights import derive, presets
 

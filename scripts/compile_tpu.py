@@ -26,7 +26,7 @@ from qwen_jax.weights.requantize import requantized
 
 MATRIX = (
     ("Qwen3-30B-A3B", "v5e:2x4", Load(batch=8, context=8192)),
-    ("Qwen3-30B-A3B-FP8", "v6e:1x1", Load(batch=8, context=4096)),
+    ("Qwen3-30B-A3B-FP8", "v6e:2x2", Load(batch=8, context=4096)),
     ("Qwen3-Coder-480B-A35B-Instruct-FP8", "v6e:8x8", Load(batch=64, context=32768)),
     ("Qwen3-Coder-480B-A35B-Instruct-FP8", "v5p:4x4x4", Load(batch=64, context=32768)),
     ("Qwen3-Coder-480B-A35B-Instruct-FP8", "v7x:2x2x2", Load(batch=64, context=32768)),

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from qwen_jax import sharding
 from qwen_jax.expert_dispatch import FORMS, chance, messages, resolve
 from qwen_jax.model.moe import moe
-from qwen_jax.planner.compiled import collectives_of
+from qwen_jax.planner.program_text import collectives_of
 from qwen_jax.runtime import Runtime
 from qwen_jax.sharding import STRATEGIES, Rules, make_mesh
 from qwen_jax.weights import hf_config
