@@ -124,10 +124,10 @@ def test_a_signal_ends_it_cleanly_and_requests_are_finished():
     ) as process:
         try:
             said = []
-            while not said or "running on http" not in said[-1]:
+            while not said or "startup complete" not in said[-1]:
                 said.append(process.stderr.readline())
                 assert said[-1], said
-            url = said[-1].split("running on ")[1].split()[0]
+            url = next(text for text in said if "serving M on" in text).split()[3]
             body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
             with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
                 lines = response.iter_lines()

@@ -138,7 +138,8 @@ def serve(args: argparse.Namespace, llm: Any, settings: "Settings", address: soc
             timeout_graceful_shutdown=int(settings.send_timeout) + 1,
         )
         port = address.getsockname()[1]
-        session.say(args, f"serving {settings.model_names[0]} on http://{args.host}:{port}")
+        where = f"http://{args.host}:{port}"
+        session.say(args, f"serving {settings.model_names[0]} on {where} (ctrl-C ends it)")
         with _signals_end_it():
             Server(config, service).run(sockets=[address])
     finally:
