@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from qwen_jax.commands import options, processes
 from qwen_jax.commands.parser import Parser, unknown_command
 
 # A module each, in `commands/`; what it is for stands here too, so that --help imports none.
@@ -34,22 +35,34 @@ _INTERRUPTED, _BROKEN_PIPE = 130, 141  # 128 and the number of the signal, as a 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 2 for what the user can put right."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    status, why = _status(argv)
+    processes.leave(status, why)
+    return status
+
+
+def _status(argv: list[str]) -> tuple[int, str]:
+    """Runs a command; its exit status, and the reason where that is not 0."""
     try:
         status = _run(argv)
         sys.stdout.flush()
-        return status
+        return status, "interrupted"
     except BrokenPipeError:
         # Python flushes stdout once more at its end, and must not fail at that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
+        return _BROKEN_PIPE, "nobody reads its output"
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        return _INTERRUPTED
+        return _INTERRUPTED, "interrupted"
     except (ValueError, OSError, ModuleNotFoundError) as error:  # the last: an extra is missing
         if "--debug" in argv:
             traceback.print_exc()
         print(f"qwen-jax: error: {_one_line(error)}", file=sys.stderr)
-        return 2
+        return 2, _one_line(error)
+    except Exception as error:
+        if not processes.wait_for_news():
+            raise
+        traceback.print_exc()
+        return 1, repr(error)
 
 
 def _one_line(error: Exception) -> str:
@@ -72,7 +85,10 @@ def _run(argv: list[str]) -> int:
     command = importlib.import_module(f"qwen_jax.commands.{name}")
     parser = Parser(f"qwen-jax {name}", COMMANDS[name], command.EXAMPLE)
     command.add_options(parser)
-    return command.run(parser.parse_args(argv[1:]))
+    options.add_processes(parser)
+    args = parser.parse_args(argv[1:])
+    processes.join(args)
+    return command.run(args)
 
 
 def _version() -> str:

@@ -248,6 +248,19 @@ def constrain(x: jax.Array, dims: str, mesh: Mesh, rules: Rules) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, place))
 
 
+def replicate(tree, mesh: Mesh):
+    """Arrays of the host, whole on every device of the mesh; every process brings the same."""
+    place = NamedSharding(mesh, PartitionSpec())
+    if place.is_fully_addressable:
+        return jax.device_put(tree, place)
+
+    def one(x) -> jax.Array:
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, place, lambda _: host)
+
+    return jax.tree.map(one, tree)
+
+
 def per_shard(fn, mesh: Mesh, in_specs, out_specs):
     """`jax.shard_map` over the whole mesh, or ``fn`` itself on a mesh of one device."""
     if mesh.size == 1:

@@ -118,7 +118,7 @@ def test_a_thread_that_dies_fails_all_and_says_so(caplog):
     engine = make_engine()
     with (
         caplog.at_level(logging.CRITICAL),
-        mock.patch.object(engine._core._scheduler, "plan", side_effect=SystemError("a bug")),
+        mock.patch.object(engine._core.scheduler, "plan", side_effect=SystemError("a bug")),
     ):
         with engine.together():
             listeners = [start(engine, prompt)[0] for prompt in PROMPTS]

@@ -65,6 +65,8 @@ pallas_kernels
 qwen_jax.dims
 qwen_jax.sharding
 qwen_jax.expert_dispatch
+qwen_jax.distributed
+qwen_jax.watch
 
 qwen_jax.weights
 qwen_jax.weights.config
@@ -179,6 +181,7 @@ qwen_jax.engine.runner
 qwen_jax.engine.outcome
 qwen_jax.engine.warmup
 qwen_jax.engine.core
+qwen_jax.engine.turns
 qwen_jax.engine.driver
 qwen_jax.engine.engine
 qwen_jax.engine.offline
@@ -244,8 +247,9 @@ qwen_jax.server.routes
 qwen_jax.server.app
 
 qwen_jax.commands
-qwen_jax.commands.options
 qwen_jax.commands.output
+qwen_jax.commands.processes
+qwen_jax.commands.options
 qwen_jax.commands.session
 qwen_jax.commands.completion
 qwen_jax.commands.conversation

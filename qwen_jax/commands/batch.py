@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from qwen_jax.commands import media, options
+from qwen_jax.commands import media, options, processes
 
 if TYPE_CHECKING:
     from qwen_jax.batch.progress import Summary
@@ -92,6 +92,7 @@ def _add_requests(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Loads the model and answers the lines; 1 where some have failed, 130 where it was stopped."""
+    processes.refuse("batch", "give each process lines and devices of its own, with --shard I/N")
     options.llm_options(args)
     _check_extra()
     folder = media.folder(args)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qwen_jax.commands import options
+from qwen_jax.commands import options, processes
 
 EXAMPLE = 'qwen-jax chat --model Qwen/Qwen3-0.6B --system "Answer in one sentence."'
 
@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     given = options.sampling_options(args)
     if args.prompt is None and (args.json or given.get("n", 1) > 1):
         raise ValueError("chat: --json and --n need --prompt: a conversation shows one text a turn")
+    if args.prompt is None:
+        processes.refuse("a conversation", "ask with --prompt")
     tools = _tools(args.tools)
     prompt = options.read_text("-") if args.prompt == "-" else args.prompt
     from qwen_jax.commands import completion, session

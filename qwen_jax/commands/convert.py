@@ -2,7 +2,7 @@
 
 import argparse
 
-from qwen_jax.commands import options
+from qwen_jax.commands import options, processes
 
 EXAMPLE = "qwen-jax convert --model Qwen/Qwen3-30B-A3B --out qwen3-30b --quantization fp8"
 
@@ -30,6 +30,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(options.NO_MODEL.partition(",")[0])
     if not args.out:
         raise ValueError("convert: --out is missing: the directory to make")
+    processes.only_first(lambda: _convert(args))
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> None:
     from qwen_jax.commands import session
 
     session.show_log(args)
@@ -46,4 +51,3 @@ def run(args: argparse.Namespace) -> int:
             progress=bar.show,
         )
     session.say(args, f"done: qwen-jax chat --model {out}")
-    return 0

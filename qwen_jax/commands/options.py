@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qwen_jax.commands import processes
 from qwen_jax.requests import SamplingParams
 
 # The library holds these too, in modules that import JAX; a test holds them equal.
@@ -69,6 +70,21 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("messages")
     group.add_argument("--quiet", action="store_true", help="no plan, no progress, no footer")
     group.add_argument("--debug", action="store_true", help="a traceback with every error")
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Which of several processes this is, on one or several hosts, in one job."""
+    group = parser.add_argument_group(
+        "several processes", "All of them run the same command, with the same options but one."
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 can be reached")
+    group.add_argument("--num-processes", metavar="N", type=int, help="how many there are")
+    group.add_argument("--process-id", metavar="I", type=int, help="which this is, from 0")
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="find these out: on a TPU pod slice, Kubernetes, Slurm (srun does not need it)",
+    )
 
 
 def add_runtime(parser: argparse.ArgumentParser, *, rows: bool = True) -> None:
@@ -216,6 +232,11 @@ def read_text(path: str) -> str:
     Raises:
         ValueError: it is not UTF-8.
     """
+    # Only process 0 of several need have the file, and only it has the stdin that is meant.
+    return processes.from_first(lambda: _read_text(path))
+
+
+def _read_text(path: str) -> str:
     try:
         if path == "-":
             return sys.stdin.read()

@@ -10,11 +10,20 @@ from typing import Any
 
 from qwen_jax.results import RequestOutput
 
+_muted = False
+
+
+def mute() -> None:
+    """From now on nothing is written: another process of the job does that."""
+    global _muted
+    _muted = True
+
 
 def write(text: str) -> None:
     """Text to stdout at once, exactly as it is."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    if not _muted:
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def end_line() -> None:
@@ -39,7 +48,7 @@ def write_texts(results: list[RequestOutput]) -> None:
     titles = len(results) > 1 or any(len(r.outputs) > 1 for r in results)
     for i, result in enumerate(results):
         for output in result.outputs:
-            if titles:
+            if titles and not _muted:
                 print(f"==> prompt {i}, completion {output.index}", file=sys.stderr, flush=True)
             write(output.text if output.content is None else output.content)
             if titles:

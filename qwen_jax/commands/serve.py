@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from qwen_jax.commands import media, options
+from qwen_jax.commands import media, options, processes
 
 if TYPE_CHECKING:
     from qwen_jax.server.settings import Settings
@@ -85,6 +85,10 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Loads the model and serves it until ctrl-C or SIGTERM."""
+    processes.refuse(
+        "serve",
+        "serve on one host, with the devices there, or give each host qwen-jax batch --shard",
+    )
     wanted = options.llm_options(args)
     settings = _settings(args, wanted["model"])
     from qwen_jax.commands import session

@@ -8,10 +8,12 @@ import logging
 import math
 import os
 import pathlib
+import socket
 
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
+from qwen_jax import distributed
 from qwen_jax import sharding as sharding_lib
 from qwen_jax.functional import auto_mesh
 from qwen_jax.model.cache import page_bytes, row_ways
@@ -221,13 +223,19 @@ def _devices(runtime: Runtime) -> str:
 
 
 def _device_memory(runtime: Runtime, utilization: float) -> int:
-    """Bytes that may be used on each device."""
+    """Bytes that may be used on each device; the least that a process of the job has."""
+    distributed.check_met()
+    local = runtime.mesh.local_devices
     if _on_cpu(runtime):
-        return free_host_memory() // runtime.mesh.size
-    stats = runtime.mesh.devices.flat[0].memory_stats() or {}
-    if "bytes_limit" not in stats:
-        raise ValueError(f"{_devices(runtime)}: the memory is not known; use another backend")
-    return int(stats["bytes_limit"] * utilization) - stats["bytes_in_use"]
+        sharers = distributed.gather("hosts", socket.gethostname())
+        here = sharers.count(socket.gethostname()) * len(local)
+        found = free_host_memory() // here
+    else:
+        stats = local[0].memory_stats() or {}
+        if "bytes_limit" not in stats:
+            raise ValueError(f"{_devices(runtime)}: the memory is not known; use another backend")
+        found = int(stats["bytes_limit"] * utilization) - stats["bytes_in_use"]
+    return min(map(int, distributed.gather("memory", str(found))))
 
 
 def free_host_memory() -> int:

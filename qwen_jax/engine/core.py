@@ -7,6 +7,7 @@ on one thread.
 import collections
 import itertools
 import logging
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -42,7 +43,9 @@ class Core:
         max_pages: how many pages the cache may have.
 
     Attributes:
+        scheduler: what plans the steps.
         totals: what has been done.
+        digest: over the tokens of all steps that have landed.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class Core:
         self._runner, self._max_pages, self._max_rows = runner, max_pages, max_rows
         self._page_size = runner.runtime.page_size
         self._pool = PagePool(runner.num_pages, row_ways(runner.runtime))
-        self._scheduler = Scheduler(
+        self.scheduler = Scheduler(
             self._pool,
             page_size=self._page_size,
             max_rows=max_rows,
@@ -66,6 +69,7 @@ class Core:
             seated=self._seated,
         )
         self.totals = Totals()
+        self.digest = 0
         self._clock = StepClock(self.totals)
         self._logprobs = TokenLogprobs(tokenizer)
         self._requests: dict[Request, None] = {}
@@ -76,7 +80,7 @@ class Core:
     def add(self, request: Request) -> None:
         """Takes a request in."""
         self._requests[request] = None
-        self._scheduler.add(request.rows)
+        self.scheduler.add(request.rows)
         for row in request.rows:
             if row.constraint is not None and request in self._requests:
                 self._advance(row, [], None)
@@ -109,7 +113,7 @@ class Core:
 
     def stats(self) -> EngineStats:
         """How busy it is; may be called from any thread."""
-        running = len({id(row.request) for row in tuple(self._scheduler.running)})
+        running = len({id(row.request) for row in tuple(self.scheduler.running)})
         return EngineStats(
             running=running,
             waiting=max(len(self._requests) - running, 0),
@@ -118,8 +122,8 @@ class Core:
             pages_cached=self._pool.cached,
             prompt_tokens=self.totals.prompt_tokens,
             generated_tokens=self.totals.generated_tokens,
-            prefix_hit_tokens=self._scheduler.hit_tokens,
-            preemptions=self._scheduler.preemptions,
+            prefix_hit_tokens=self.scheduler.hit_tokens,
+            preemptions=self.scheduler.preemptions,
         )
 
     def _drop(self, request: Request, *, spoiled: bool = False) -> None:
@@ -128,7 +132,7 @@ class Core:
         for row in request.rows:
             if not row.done:
                 row.sequence.end("abort")
-                self._scheduler.remove(row, spoiled=spoiled)
+                self.scheduler.remove(row, spoiled=spoiled)
 
     def _send(self, request: Request, event: Event) -> None:
         try:
@@ -150,7 +154,7 @@ class Core:
         step = None
         try:
             self._revive()
-            step = self._scheduler.plan(in_flight=bool(self._flights))
+            step = self.scheduler.plan(in_flight=bool(self._flights))
             if step is not None:
                 self._start(step)
             if self._flights and (step is None or len(self._flights) > 1):
@@ -205,7 +209,9 @@ class Core:
         passes = int(flight.made.count.max()) if flight.step.steps and flight.made else 1
         seconds = self._clock.landed(flight.step, passes)
         if seconds is not None:
-            self._scheduler.step_seconds = seconds
+            self.scheduler.step_seconds = seconds
+        if flight.made is not None:
+            self.digest = zlib.crc32(np.ascontiguousarray(flight.made.tokens), self.digest)
         add_prompt_logprobs(flight, self._logprobs)
         for b, part in enumerate(flight.choosers):
             if part.chooses and not part.row.done:
@@ -241,7 +247,7 @@ class Core:
         if request not in self._requests:  # its sink has failed
             return
         if row.done:
-            self._scheduler.remove(row)
+            self.scheduler.remove(row)
         elif row.slot is not None and not row.on_device:
             on_device(self._runner.recount, row, rows=[row])  # forced tokens count too
         if request.done:
@@ -260,7 +266,7 @@ class Core:
         """Makes the cache larger, by doubling, to what rows will soon want; False if it may not."""
         if wanted > self._max_pages or self._pool.num_pages >= self._max_pages:
             return False
-        rows = itertools.chain(self._scheduler.running, self._scheduler.waiting)
+        rows = itertools.chain(self.scheduler.running, self.scheduler.waiting)
         rows = itertools.islice(rows, self._max_rows)
         tokens = (len(r.tokens) + min(r.left, _AHEAD) for r in rows)
         wanted = max(wanted, sum(-(-n // self._page_size) for n in tokens))
@@ -296,7 +302,7 @@ class Core:
 
     def _start_anew(self) -> None:
         """An empty cache; rows that were running wait for their turn."""
-        for row in reversed(list(self._scheduler.running)):
-            self._scheduler.preempt(row)
+        for row in reversed(list(self.scheduler.running)):
+            self.scheduler.preempt(row)
         self._pool.forget(range(self._pool.num_pages))
         self._runner.reset()

@@ -11,8 +11,10 @@ import threading
 import weakref
 from collections.abc import Callable
 
+from qwen_jax import distributed
 from qwen_jax.engine.core import Core
 from qwen_jax.engine.events import EngineClosed
+from qwen_jax.engine.turns import Turn, Turns
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ class Driver:
 
     def __init__(self, core: Core):
         self._core = core
+        self._turns = Turns() if distributed.count() > 1 else None
         self.lock = threading.Condition()
         self._calls: collections.deque[Call] = collections.deque()
         self._thread: threading.Thread | None = None
@@ -96,18 +99,38 @@ class Driver:
                 if not self.lock.wait_for(work, _LINGER):
                     self._thread = None
                     return None
-            return None if self._closed else self._take_calls()
+            if self._closed or self._turns is None:
+                return None if self._closed else self._take_calls(len(self._calls))
+            count = len(self._calls)
+        return self._agree(self._turns, count)
 
-    def _take_calls(self) -> list[Call]:
-        calls = list(self._calls)
-        self._calls.clear()
-        return calls
+    def _agree(self, turns: Turns, count: int) -> list[Call] | None:
+        """The same calls in every process: ``count`` of them in process 0; None to end."""
+        core = self._core
+        if turns.decides:
+            turns.say(Turn(count, core.scheduler.step_seconds, core.digest))
+        else:
+            while (turn := turns.hear()) is None:
+                if self._closed:
+                    return None
+            count, core.scheduler.step_seconds = turn.calls, turn.step_seconds
+            if turn.digest != core.digest:
+                raise RuntimeError(
+                    f"process {distributed.index()} has got other tokens than process 0: are "
+                    "files, libraries and devices the same?"
+                )
+        with self.lock:
+            self.lock.wait_for(lambda: len(self._calls) >= count or self._closed)
+            return None if self._closed else self._take_calls(count)
+
+    def _take_calls(self, count: int) -> list[Call]:
+        return [self._calls.popleft() for _ in range(count)]
 
     def _end(self) -> None:
         """Leaves no request without a last event, when the thread ends for good."""
         with self.lock:
             self._closed = True
-            calls = self._take_calls()
+            calls = self._take_calls(len(self._calls))
         for call in calls:
             call()
         why = f"the engine has stopped: {self._error!r}" if self._error else "the engine was closed"

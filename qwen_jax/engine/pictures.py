@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.model.cache import VisualRows
@@ -213,4 +212,4 @@ def visual_rows(
     levels_JMD = np.zeros((len(like.levels), *rows_MD.shape), like.levels.dtype)
     np.concatenate([x.rows[i] for x, i in pieces], out=rows_MD[:used])
     np.concatenate([x.levels[:, i] for x, i in pieces], axis=1, out=levels_JMD[:, :used])
-    return VisualRows(*(jnp.asarray(x) for x in (rows_MD, levels_JMD, source)))
+    return VisualRows(rows_MD, levels_JMD, source)  # type: ignore[arg-type]  (jit takes them)

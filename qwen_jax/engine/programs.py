@@ -205,7 +205,8 @@ def targets_logprobs(
     num_logprobs: int,
 ) -> sampling.Logprobs:
     """Logprobs of the token after each, int32 [T], where prompt logprobs are wanted."""
-    return generation.prompt_logprobs(params, config, runtime, x_TD, targets, num_logprobs)
+    found = generation.prompt_logprobs(params, config, runtime, x_TD, targets, num_logprobs)
+    return jax.tree.map(lambda x: _everywhere(x, runtime), found)
 
 
 @partial(jax.jit, donate_argnames=("counts",))
@@ -246,14 +247,18 @@ def _stored(state: State, begun, seats: Seats, carry: Carry, counts, runtime: Ru
     """What the rows got, and the slots with the rows' state put back."""
 
     def put(slots: jax.Array, rows: jax.Array) -> jax.Array:
-        new = slots.at[seats.slots].set(rows, mode="drop")
-        dims = " ".join("." * new.ndim)
-        return sharding_lib.constrain(new, dims, runtime.mesh, runtime.rules)
+        return _everywhere(slots.at[seats.slots].set(rows, mode="drop"), runtime)
 
     carry = Carry(**{f.name: put(getattr(carry, f.name), getattr(state, f.name)) for f in _FIELDS})
     counts = None if counts is None else jax.tree.map(put, counts, state.counts)
     made = Made(state.tokens, state.count - begun, state.finish, state.logprobs)
-    return made, carry, counts
+    return jax.tree.map(lambda x: _everywhere(x, runtime), made), carry, counts
+
+
+def _everywhere(x: jax.Array, runtime: Runtime) -> jax.Array:
+    """Whole on every device, so that every process can bring it to its host."""
+    dims = " ".join("." * x.ndim)
+    return sharding_lib.constrain(x, dims, runtime.mesh, runtime.rules)
 
 
 _FIELDS = dataclasses.fields(Carry)

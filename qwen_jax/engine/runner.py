@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen_jax import sampling
+from qwen_jax import sharding as sharding_lib
 from qwen_jax.engine import feeding, programs
 from qwen_jax.engine.feeding import Shapes
 from qwen_jax.engine.pictures import FeatureStore
@@ -100,7 +100,6 @@ class Runner:
         self.shapes = Shapes.make(
             runtime.buckets, max_rows=max_rows, max_tokens=max_tokens, width=width
         )
-        self._everywhere = NamedSharding(runtime.mesh, PartitionSpec())
         self._unmasked: dict[int, jax.Array] = {}
         self._slots = Slots(self.shapes.rows[-1], self.config.text.vocab_size)
         self._counts: sampling.Counts | None = None
@@ -284,7 +283,7 @@ class Runner:
         return self._unmasked[size]
 
     def _place(self, tree):
-        return jax.device_put(tree, self._everywhere)
+        return sharding_lib.replicate(tree, self.runtime.mesh)
 
 
 def _start_copy(flight: Flight) -> None:

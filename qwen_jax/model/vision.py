@@ -90,7 +90,9 @@ def encode(
     rows = map_rows(partial(_merge_last, weights.merger, config=config), x_UD, tile=TILE)
     # A tower without DeepStack has no level: an empty axis keeps the type.
     stacked = jnp.stack(levels) if levels else jnp.zeros((0, *rows.shape), rows.dtype)
-    return VisionFeatures(rows, stacked)
+    # The host takes them, in each of several processes: whole on every device.
+    whole = partial(sharding_lib.constrain, mesh=runtime.mesh, rules=runtime.rules)
+    return VisionFeatures(whole(rows, ". ."), whole(stacked, ". . ."))
 
 
 def _embed(weights: Vision, batch: VisionBatch, config: VisionConfig, runtime: Runtime, mean, std):

@@ -6,8 +6,8 @@ true shape, through tensorstore, one file per chunk with a CRC-32C behind it. So
 gigabytes is never held whole, a finished array is a set of finished files, and
 `orbax.checkpoint.StandardCheckpointer().restore` reads the result like any other.
 
-Reading goes through tensorstore too, for local directories and buckets alike: slices of a chunk
-that several devices want are cut from one read.
+Reading goes through tensorstore too, for local directories and buckets alike: slices of the same
+chunks that several devices want are cut from one read.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 
+from qwen_jax import distributed
 from qwen_jax.weights import copying
 from qwen_jax.weights.manifest import ArrayFiles
 from qwen_jax.weights.storage import Directory, kvstore
@@ -58,8 +59,17 @@ def create(directory: pathlib.Path, abstract) -> None:
     for stale in directory.parent.glob(f"{directory.name}*"):
         shutil.rmtree(stale)
     structure = jax.tree.map(lambda x: np.zeros((1,) * len(x.shape), x.dtype), abstract)
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
-    with _quiet("absl"), ocp.Checkpointer(handler) as checkpointer:
+    # Of several processes only this one writes, so orbax must not wait for the others.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=distributed.index(),
+        active_processes={distributed.index()},
+        barrier_sync_key_prefix="convert",
+    )
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, use_zarr3=True, multiprocessing_options=alone
+    )
+    checkpointer = ocp.Checkpointer(handler, multiprocessing_options=alone)
+    with _quiet("absl"), checkpointer:
         checkpointer.save(directory.absolute(), structure)
     # In a bucket this file says that a checkpoint is whole; its text names a path of this machine.
     marker = directory / "commit_success.txt"
@@ -172,8 +182,13 @@ def reader(directory: Directory, name: str, array: ArrayFiles, dtype) -> Reader:
         try:
             store = ts.open(spec, open=True, context=_READING).result()
             _check(store, array)
-            # All at once: slices of the same chunk share its read.
-            found = [future.result() for future in [store[index].read() for index in indices]]
+            keys = [_chunks(index, array) for index in indices]
+            boxes = _boxes(indices, keys)
+            reads = {key: store[box].read() for key, box in boxes.items()}
+            found = [
+                reads[key].result()[_inside(index, boxes[key])]
+                for index, key in zip(indices, keys, strict=True)
+            ]
         except ValueError as error:
             raise ValueError(
                 f"{directory / name}: damaged: {_first_line(error)}; copy the checkpoint again, or "
@@ -182,6 +197,29 @@ def reader(directory: Directory, name: str, array: ArrayFiles, dtype) -> Reader:
         return [x if x.dtype == dtype else _convert(name, x, dtype) for x in found]
 
     return read
+
+
+def _boxes(indices: Sequence[Index], keys: Sequence[tuple]) -> dict[tuple, Index]:
+    """The smallest box around all slices of the same chunks, by these: each is read once.
+
+    Left to itself tensorstore reads a chunk again for a slice that comes a moment later.
+    """
+    boxes: dict[tuple, Index] = {}
+    for index, key in zip(indices, keys, strict=True):
+        ends = zip(boxes.get(key, index), index, strict=True)
+        boxes[key] = tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in ends)
+    return boxes
+
+
+def _chunks(index: Index, array: ArrayFiles) -> tuple:
+    """Which chunks a slice touches, per axis the first one and the one behind the last."""
+    return tuple((s.start // n, -(-s.stop // n)) for s, n in zip(index, array.chunk, strict=True))
+
+
+def _inside(index: Index, box: Index) -> Index:
+    """A slice of the array as one of a box of it."""
+    ends = zip(index, box, strict=True)
+    return tuple(slice(s.start - b.start, s.stop - b.start) for s, b in ends)
 
 
 def _check(store: ts.TensorStore, array: ArrayFiles) -> None:

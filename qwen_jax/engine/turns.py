@@ -1,0 +1,73 @@
+"""What several processes agree on before each turn of an engine.
+
+Knows process numbers, counts and seconds; knows no request. Every process has the same requests,
+but not at the same moment, and measures its own times. So process 0 says before each turn how many
+of the calls it takes and how long a step is, and the others do the same: their schedulers plan the
+same steps. A sum over all tokens so far goes with it, so that processes which have come apart stop
+with an error, and do not wait for each other's collectives.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+
+from qwen_jax import distributed
+
+_BLOCK = 256  # turns whose words are removed together, when those after them are over
+_PATIENCE_MS = 1000  # between two looks at whether the engine was closed
+_engines = itertools.count()  # in this order everywhere
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What process 0 decided.
+
+    Attributes:
+        calls: that are made before the turn.
+        step_seconds: what a decode step takes.
+        digest: over the tokens of all steps so far.
+    """
+
+    calls: int
+    step_seconds: float
+    digest: int
+
+
+class Turns:
+    """The turns of one engine, in one job of several processes."""
+
+    def __init__(self):
+        self._place = distributed.key(f"turns/{next(_engines)}")
+        self._client = distributed.client()
+        self._number = 0
+
+    @property
+    def decides(self) -> bool:
+        """Whether this is the process that the others follow."""
+        return distributed.index() == 0
+
+    def say(self, turn: Turn) -> None:
+        """Process 0 tells the others its next turn."""
+        self._client.key_value_set(
+            self._key(self._number), f"{turn.calls} {turn.step_seconds!r} {turn.digest}"
+        )
+        block, first = divmod(self._number, _BLOCK)
+        if first == 0 and block > 1:
+            self._client.key_value_delete(f"{self._place}/{block - 2}")
+        self._number += 1
+
+    def hear(self) -> Turn | None:
+        """The next turn of process 0; None if it has not come to one in the last second."""
+        try:
+            text = self._client.blocking_key_value_get(self._key(self._number), _PATIENCE_MS)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            return None
+        self._number += 1
+        calls, seconds, digest = text.split()
+        return Turn(int(calls), float(seconds), int(digest))
+
+    def _key(self, number: int) -> str:
+        return f"{self._place}/{number // _BLOCK}/{number}"
