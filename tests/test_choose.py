@@ -37,6 +37,7 @@ def test_chips_with_figures_get_the_best_plan_and_it_is_said(kind, name, caplog)
     found = choose(CONFIG, LOAD, devices=chips(kind, 8))
     assert found == (best.mesh, best.strategy)
     assert f"strategy {best.strategy}: best of" in caplog.text
+    assert f"at most {best.decode_tokens_per_s:.0f} tokens/s" in caplog.text  # of this very chip
 
 
 def test_a_mesh_or_a_strategy_that_is_given_stays():

@@ -52,9 +52,11 @@ def runtime_for(
     Raises:
         ValueError: as `Runtime.make`, or nothing divides the model on these devices.
     """
+    # Numbers out of range are refused by the engine's capacity, under the names they came with.
+    longest = max_model_len or config.text.max_position_embeddings
     load = Load(
-        batch=rows,
-        context=min(_CONTEXT, max_model_len or config.text.max_position_embeddings),
+        batch=max(1, rows),
+        context=max(1, min(_CONTEXT, longest)),
         dtype=dtype,
         kv_dtype=kv_cache_dtype,
         quantization=quantization,
