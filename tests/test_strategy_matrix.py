@@ -32,7 +32,7 @@ MESHES = [
     for sizes in itertools.product((1, 2, 4, 8), repeat=3)
     if np.prod(sizes) == 8
 ]
-_EVERY = 17
+_FIRST, _EVERY = 6, 17  # tensor, sequence and row splits among them
 ONE = {"tensor": 1}
 PAGE, WIDTH, TOKENS = 4, 4, 16
 PROMPTS = ((3, 14, 15, 9, 2, 6, 5), (35,), (8, 9, 7, 9, 3), (23, 8))
@@ -167,7 +167,7 @@ def matrix() -> list[tuple[dict[str, int], str]]:
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         whole = metafunc.config.getoption("--all-strategies")
-        cases = matrix() if whole else matrix()[1::_EVERY]
+        cases = matrix() if whole else matrix()[_FIRST::_EVERY]
         names = [f"{name} on {','.join(f'{a}={n}' for a, n in s.items())}" for s, name in cases]
         metafunc.parametrize("case", cases, ids=names)
         forms = {"fp8": True, "float32": False} if whole else {"fp8": True}
@@ -188,7 +188,7 @@ def test_the_matrix_holds_every_strategy_and_every_mesh():
 AXES = st.lists(st.sampled_from(sharding.AXES), unique=True).map(tuple)
 
 
-@hypothesis.settings(max_examples=3, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=2, deadline=None, derandomize=True, database=None)
 @hypothesis.given(
     sizes=st.sampled_from(MESHES),
     heads=AXES,
@@ -196,6 +196,8 @@ AXES = st.lists(st.sampled_from(sharding.AXES), unique=True).map(tuple)
 )
 def test_any_rules_that_divide_equal_unsharded(sizes, heads, others):
     rules = Rules.of({"N": heads, "K": heads, **others})
+    split = [x for x in "NEFT" if any(axis in sizes for axis in rules.axes(x))]
+    hypothesis.assume(len(split) > 2)  # plain ones are in the matrix
     machine = Runtime.make(mesh=sizes, strategy=rules, dtype="float32", page_size=PAGE)
     try:
         derive.shardings(model(False), machine.mesh, rules)
