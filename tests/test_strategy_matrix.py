@@ -15,6 +15,7 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 from tiny.vision import vision_config
 
@@ -172,6 +173,14 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("case", cases, ids=names)
         forms = {"fp8": True, "float32": False} if whole else {"fp8": True}
         metafunc.parametrize("fp8", forms.values(), ids=forms)
+
+
+@pytest.fixture(autouse=True)
+def _programs_are_dropped(request):
+    """The whole matrix has more programs than a process has memory maps for (see conftest)."""
+    yield
+    if request.config.getoption("--all-strategies"):
+        jax.clear_caches()
 
 
 def test_sharded_equals_unsharded(case, fp8):
