@@ -97,7 +97,7 @@ class LLM:
             dispatch=dispatch,
             quantization=quantization,
         )
-        chunk = prefill_limit(self.runtime, max_num_batched_tokens, max_num_seqs)
+        chunk = prefill_limit(self.runtime, max_num_batched_tokens)
         self.plan = make_plan(
             config,
             self.runtime,

@@ -96,6 +96,9 @@ def make_plan(
         ValueError: a limit out of range, or weights or cache that do not fit; it says what would.
     """
     limit = _model_limit(config, max_model_len)
+    most_rows = runtime.buckets.rows[-1]
+    if not 1 <= max_num_seqs <= most_rows:
+        raise ValueError(f"max_num_seqs={max_num_seqs} is not in 1 .. {most_rows}")
     if not 0 < hbm_utilization <= 1:
         raise ValueError(f"hbm_utilization={hbm_utilization} is not in (0, 1]")
     stored = requantized(config, quantization)
@@ -148,15 +151,13 @@ def _model_limit(config: ModelConfig, max_model_len: int | None) -> int:
     return limit
 
 
-def prefill_limit(runtime: Runtime, wanted: int | None, max_num_seqs: int) -> int:
+def prefill_limit(runtime: Runtime, wanted: int | None) -> int:
     """The most tokens of a prefill chunk, where ``wanted`` may be None.
 
     Raises:
-        ValueError: it, or ``max_num_seqs``, exceeds the largest bucket.
+        ValueError: it exceeds the largest bucket.
     """
-    most_rows, most_tokens = runtime.buckets.rows[-1], runtime.buckets.tokens[-1]
-    if not 1 <= max_num_seqs <= most_rows:
-        raise ValueError(f"max_num_seqs={max_num_seqs} is not in 1 .. {most_rows}")
+    most_tokens = runtime.buckets.tokens[-1]
     if wanted is not None and not 1 <= wanted <= most_tokens:
         raise ValueError(f"max_num_batched_tokens={wanted:,} is not in 1 .. {most_tokens:,}")
     return wanted or most_tokens
