@@ -226,6 +226,19 @@ def test_a_batch_killed_at_any_moment_loses_and_repeats_nothing(tmp_path):
     assert list((tmp_path / "batches").glob("*.output")) == []
 
 
+@pytest.mark.parametrize(("status", "kept"), [("completed", False), ("failed", True)])
+def test_a_start_removes_only_results_that_were_handed_over(tmp_path, status, kept):
+    store = batches.BatchStore(tmp_path / "batches")
+    batch = store.create(
+        input_file_id="file-x", endpoint="/v1/completions", window="24h", seconds=9, metadata=None
+    )
+    for path in store.results(batch):
+        path.write_text("{}\n")
+    store.move(batch, status)
+    with running(FakeLLM(echo), state=tmp_path):
+        assert [path.exists() for path in store.results(batch)] == [kept, kept]
+
+
 def test_a_torn_last_line_is_cut_off(tmp_path):
     path = tmp_path / "x"
     whole = [json.dumps({"custom_id": x, "response": None, "error": {}}) for x in "ab"]

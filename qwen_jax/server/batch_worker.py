@@ -58,6 +58,7 @@ class BatchWorker:
 
     def start(self) -> None:
         """Goes on with what an earlier run left."""
+        self._store.tidy()
         self._task = asyncio.create_task(self._run())
 
     def wake(self) -> None:
@@ -163,8 +164,7 @@ class BatchWorker:
         if expired and counts["failed"] and ending == "completed":
             ending = "expired"
         self._store.move(batch, ending)
-        for path in outputs:
-            path.unlink(missing_ok=True)
+        self._store.tidy()
 
     def _fail(self, batch: dict[str, Any], problems: list[dict[str, Any]]) -> None:
         batch["errors"] = {"object": "list", "data": problems}

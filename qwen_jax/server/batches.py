@@ -20,6 +20,7 @@ from qwen_jax.openai.errors import ApiError
 from qwen_jax.openai.ids import new_id
 
 OPEN = ("validating", "in_progress", "finalizing", "cancelling")
+DELIVERED = ("completed", "expired", "cancelled")
 _ID = re.compile(r"batch_[0-9a-f]{32}")
 _MAX_ERRORS = 50
 
@@ -98,6 +99,13 @@ class BatchStore:
         """(outputs, errors): the files that its finished lines are appended to."""
         at = self._folder / batch["id"]
         return at.with_suffix(".output"), at.with_suffix(".errors")
+
+    def tidy(self) -> None:
+        """Removes results that were handed over as files: a crash just then leaves them."""
+        for batch in self._known.values():
+            if batch["status"] in DELIVERED:
+                for path in self.results(batch):
+                    path.unlink(missing_ok=True)
 
 
 def read_lines(
