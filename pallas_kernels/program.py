@@ -1,7 +1,8 @@
 """A kernel's call at one real shape: what compiling, measuring and tuning have in common.
 
 Knows functions, shapes and the least work they do; knows no operation. Every operation's `cases.py`
-yields these from ``programs(device)``, so a script takes a new operation by its name.
+yields these from ``programs(device)``, and from ``refused(device)`` what a kernel does not take, so
+a script takes a new operation by its name.
 """
 
 import dataclasses
@@ -22,6 +23,14 @@ class Tunable:
     key: str
     tiles: tuple[Mapping[str, int], ...]
     with_tiles: Callable[[Mapping[str, int]], Callable[..., Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """A call that the device's kernel does not take: its name, as `Program` has it, and why."""
+
+    name: str
+    reason: str
 
 
 @dataclasses.dataclass(frozen=True)

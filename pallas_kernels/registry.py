@@ -108,12 +108,7 @@ def choose(op: str, wanted: str, device: Device, facts: Sequence[Any] | None = N
         ValueError: ``op`` or ``wanted`` is unknown, or what is wanted cannot run here.
     """
     if wanted != "auto":
-        reason = _reason(get(op, wanted), device, facts)
-        if reason is not None:
-            runs = [n for n in names(op) if _reason(get(op, n), device, facts) is None]
-            raise ValueError(
-                f"{op}: implementation {wanted!r} cannot run here: {reason}; these can: {runs}"
-            )
+        runnable(op, wanted, device, facts)
         return Choice(wanted, {})
     reasons: dict[str, str] = {}
     for name in names(op):
@@ -122,6 +117,22 @@ def choose(op: str, wanted: str, device: Device, facts: Sequence[Any] | None = N
             return Choice(name, reasons)
         reasons[name] = reason
     raise ValueError(f"{op}: no implementation can run on {device.platform}: {reasons}")
+
+
+def runnable(op: str, name: str, device: Device, facts: Sequence[Any] | None) -> Callable[..., Any]:
+    """The function of the implementation of ``op`` called ``name``, which can run.
+
+    Raises:
+        ValueError: there is none, or it cannot run this on the device.
+    """
+    impl = get(op, name)
+    reason = _reason(impl, device, facts)
+    if reason is not None:
+        runs = [n for n in names(op) if _reason(get(op, n), device, facts) is None]
+        raise ValueError(
+            f"{op}: implementation {name!r} cannot run here: {reason}; these can: {runs}"
+        )
+    return impl.fn
 
 
 def _reason(impl: Impl, device: Device, facts: Sequence[Any] | None) -> str | None:

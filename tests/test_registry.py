@@ -1,9 +1,14 @@
 """Choosing implementations: names, preference, reasons and errors."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import registry
 from pallas_kernels.device import Device, tpu_info
+from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.ragged_dot import ragged_dot
+from pallas_kernels.segment_attention import segment_attention
 
 OPS = ("ragged_dot", "paged_attention", "segment_attention")
 CPU, GPU, TPU = Device("cpu", "cpu"), Device("gpu", "NVIDIA H200"), Device("tpu", "TPU v6 lite")
@@ -47,6 +52,29 @@ def test_a_named_one_is_taken_though_another_is_preferred(op):
 def test_a_named_one_that_cannot_run_raises_with_the_reason_and_what_can(op):
     with pytest.raises(ValueError, match=r"'gpu' cannot run here: D=100.*these can: \['xla'\]"):
         registry.choose(op, "gpu", GPU, [128, 100])
+
+
+def test_the_function_of_a_name_is_given_where_it_can_run(op):
+    assert registry.runnable(op, "gpu", GPU, [128])() == "kernel"
+    with pytest.raises(ValueError, match=r"'gpu' cannot run here: D=100.*these can: \['xla'\]"):
+        registry.runnable(op, "gpu", GPU, [100])
+    with pytest.raises(ValueError, match=r"'gpu' cannot run here: it runs on gpu, this is tpu"):
+        registry.runnable(op, "gpu", TPU, [128])
+
+
+@pytest.mark.parametrize("impl", ["tpu", "gpu"])
+def test_every_operation_refuses_a_kernel_that_cannot_run_here(impl):
+    x, sizes = np.ones((8, 128), "bfloat16"), np.asarray([8], np.int32)
+    heads, pages = x.reshape(8, 1, 128), np.ones((1, 16, 2, 128), "bfloat16")
+    rows = {"row_starts": np.asarray([0, 8]), "kv_lens": sizes, "page_table": np.zeros((1, 1))}
+    refused = pytest.raises(ValueError, match=f"'{impl}' cannot run here: it runs on {impl}, this")
+    with refused:
+        ragged_dot(x, np.ones((1, 128, 128), "bfloat16"), sizes, impl=impl)
+    with refused:
+        paged_attention(heads, heads, heads, pages, **rows, sm_scale=1.0, impl=impl)
+    with refused:
+        starts = jnp.asarray([0, 8])
+        segment_attention(heads, heads, heads, segment_starts=starts, sm_scale=1.0, impl=impl)
 
 
 def test_auto_raises_with_every_reason_when_nothing_can_run(monkeypatch):

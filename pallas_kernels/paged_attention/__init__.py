@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from pallas_kernels import registry
+from pallas_kernels.device import Device
 from pallas_kernels.paged_attention import gpu, tpu, xla
 from pallas_kernels.paged_attention.facts import Facts as Facts
 
@@ -66,10 +67,13 @@ def paged_attention(
         one token per row at most; otherwise rows may be of any length.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together.
+        ValueError: shapes or dtypes do not fit together, or the implementation cannot run this on
+            the device that the mesh names (`Device.current`).
     """
     _check(q_TNH, k_TKH, v_TKH, pages, row_starts, kv_lens, page_table, scales)
-    out, pages, scales = registry.get("paged_attention", impl).fn(
+    facts = Facts.of(q_TNH, pages, scales)
+    fn = registry.runnable("paged_attention", impl, Device.current(), [facts])
+    out, pages, scales = fn(
         jnp.asarray(q_TNH),
         jnp.asarray(k_TKH),
         jnp.asarray(v_TKH),

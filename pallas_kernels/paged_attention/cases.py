@@ -15,7 +15,7 @@ import numpy as np
 from pallas_kernels.device import Device
 from pallas_kernels.paged_attention import PagedOut, gpu, paged_attention, tpu, tpu_config
 from pallas_kernels.paged_attention.facts import Facts
-from pallas_kernels.program import Program, Tunable
+from pallas_kernels.program import Program, Refused, Tunable
 
 # Model: query heads N, key/value heads K, head dimension H.
 MODELS = {
@@ -89,17 +89,30 @@ def cases(model: str, tensor_ways: int = 1) -> Iterator[Case]:
 
 def programs(device: Device) -> Iterator[Program]:
     """Every case of the published models that the device's kernel supports, in every form."""
+    for name, case, facts, reason in _calls(device):
+        if reason is None:
+            yield _program(name, case, facts, device)
+
+
+def refused(device: Device) -> Iterator[Refused]:
+    """Those that it does not support."""
+    for name, _, _, reason in _calls(device):
+        if reason is not None:
+            yield Refused(name, reason)
+
+
+def _calls(device: Device) -> Iterator[tuple[str, Case, Facts, str | None]]:
+    """Every case in every form, and why the device's kernel does not take it."""
     if device.platform not in KERNELS:
         return
+    forms = [(form, *how, size) for form, (*how, sizes) in FORMS.items() for size in sizes]
     for model in PUBLISHED:
         for ways in SHARDS.values():
             for case in cases(model, ways):
-                for form, (kv_dtype, scaled, page_sizes) in FORMS.items():
-                    for page_size in page_sizes:
-                        facts = case.facts(kv_dtype, scaled, page_size)
-                        if KERNELS[device.platform].supports(device, facts) is None:
-                            name = f"paged_attention/{case.name}/{form}/page-{page_size}"
-                            yield _program(name, case, facts, device)
+                for form, kv_dtype, scaled, page_size in forms:
+                    facts = case.facts(kv_dtype, scaled, page_size)
+                    name = f"paged_attention/{case.name}/{form}/page-{page_size}"
+                    yield name, case, facts, KERNELS[device.platform].supports(device, facts)
 
 
 def _program(name: str, case: Case, facts: Facts, device: Device) -> Program:

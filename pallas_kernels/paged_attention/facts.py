@@ -24,3 +24,17 @@ class Facts:
     dtype: str
     kv_dtype: str
     scaled: bool
+
+    @classmethod
+    def of(cls, q_TNH, pages, scales) -> "Facts":
+        """The facts of arrays, or of shapes and dtypes, that the operation was given."""
+        _, N, H = q_TNH.shape
+        return cls(
+            query_heads=N,
+            kv_heads=pages.shape[2] // 2,
+            head_dim=H,
+            page_size=pages.shape[1],
+            dtype=q_TNH.dtype.name,
+            kv_dtype=pages.dtype.name,
+            scaled=scales is not None,
+        )

@@ -60,18 +60,7 @@ def paged_attention(
         return q_TNH, pages, scales
     num_pages, page_size, heads, _ = pages.shape
     K = heads // 2
-    facts = Facts(
-        query_heads=N,
-        kv_heads=K,
-        head_dim=H,
-        page_size=page_size,
-        dtype=q_TNH.dtype.name,
-        kv_dtype=pages.dtype.name,
-        scaled=scales is not None,
-    )
-    reason = supports(Device.current(), facts)
-    if reason is not None:
-        raise ValueError(f"paged_attention: implementation 'gpu' cannot take this: {reason}")
+    facts = Facts.of(q_TNH, pages, scales)
     rows = Rows(row_starts, kv_lens)
     table = jnp.clip(page_table, 0, num_pages - 1)
     cache = xla.Cache(narrow.as_bytes(pages), scales, table, pages.dtype)
@@ -202,7 +191,11 @@ def _shape(facts: Facts, sm_scale: float, interpret, **how) -> Shape:
     )
 
 
-def _reason(facts: Facts) -> str | None:
+def supports(device: Device, facts: Facts) -> str | None:
+    """Why these heads and this cache cannot run on this GPU, or None."""
+    reason = refusal(device)
+    if reason is not None:
+        return reason
     if facts.head_dim != 128:
         return f"head_dim={facts.head_dim}; use head_dim 128"
     if facts.dtype != "bfloat16":
@@ -218,11 +211,6 @@ def _reason(facts: Facts) -> str | None:
             " (a copy of scales brings 128 bytes)" if facts.scaled else ""
         )
     return None
-
-
-def supports(device: Device, facts: Facts) -> str | None:
-    """Why these heads and this cache cannot run on this GPU, or None."""
-    return refusal(device) or _reason(facts)
 
 
 IMPL = registry.Impl("paged_attention", "gpu", "gpu", supports, paged_attention)

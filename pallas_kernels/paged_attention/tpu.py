@@ -80,18 +80,7 @@ def paged_attention(
     T, N, H = q_TNH.shape
     if T == 0:
         return q_TNH, pages, scales
-    facts = Facts(
-        query_heads=N,
-        kv_heads=k_TKH.shape[1],
-        head_dim=H,
-        page_size=pages.shape[1],
-        dtype=q_TNH.dtype.name,
-        kv_dtype=pages.dtype.name,
-        scaled=scales is not None,
-    )
-    reason = _reason(facts)
-    if reason is not None:
-        raise ValueError(f"paged_attention: implementation 'tpu' cannot take this: {reason}")
+    facts = Facts.of(q_TNH, pages, scales)
     device = Device.current()
     info = None if interpret else tpu_info(device.kind)
     cores = cores or (info.num_cores if info else 1)
@@ -263,7 +252,8 @@ def _kernel(shapes, cores, given, results, *refs):
         pl.run_scoped(body, *(needed[name] for name in names))
 
 
-def _reason(facts: Facts) -> str | None:
+def supports(device: Device, facts: Facts) -> str | None:
+    """Why these heads and this cache cannot run on a TPU, or None."""
     if facts.head_dim != 128:
         return (
             f"head_dim={facts.head_dim}: a cache of heads that are not 128 wide is padded to 128 "
@@ -289,11 +279,6 @@ def _reason(facts: Facts) -> str | None:
             "or a cache without scales"
         )
     return None
-
-
-def supports(device: Device, facts: Facts) -> str | None:
-    """Why these heads and this cache cannot run on a TPU, or None."""
-    return _reason(facts)
 
 
 IMPL = registry.Impl("paged_attention", "tpu", "tpu", supports, paged_attention)

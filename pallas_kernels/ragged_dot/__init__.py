@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import registry
+from pallas_kernels.device import Device
 from pallas_kernels.ragged_dot import gpu, tpu, xla
 from pallas_kernels.ragged_dot.facts import Facts as Facts
 
@@ -54,7 +55,8 @@ def ragged_dot(
         are never read.
 
     Raises:
-        ValueError: shapes, dtypes, scale and blocks do not fit together.
+        ValueError: shapes, dtypes, scale and blocks do not fit together, or the implementation
+            cannot run this on the device that the mesh names (`Device.current`).
     """
     _check(x_MD, w, group_sizes, scale, blocks, activation)
     if isinstance(first_expert, int) and not 0 <= first_expert <= len(group_sizes) - len(w):
@@ -62,7 +64,9 @@ def ragged_dot(
             f"ragged_dot: experts {first_expert} .. {first_expert + len(w) - 1} "
             f"of only {len(group_sizes)}"
         )
-    fn = registry.get("ragged_dot", impl).fn
+    out_dtype = jnp.dtype(out_dtype or x_MD.dtype)
+    facts = Facts.of(x_MD, w, scale, blocks, activation, out_dtype)
+    fn = registry.runnable("ragged_dot", impl, Device.current(), [facts])
     return fn(
         jnp.asarray(x_MD),
         jnp.asarray(w),
@@ -71,7 +75,7 @@ def ragged_dot(
         blocks=blocks,
         activation=activation,
         first_expert=jnp.asarray(first_expert, jnp.int32),
-        out_dtype=jnp.dtype(out_dtype or x_MD.dtype),
+        out_dtype=out_dtype,
     )
 
 

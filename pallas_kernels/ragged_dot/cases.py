@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.device import Device, tpu_info
-from pallas_kernels.program import Program, Tunable
+from pallas_kernels.program import Program, Refused, Tunable
 from pallas_kernels.ragged_dot import gpu, gpu_config, ragged_dot, tpu, tpu_config
 from pallas_kernels.ragged_dot.facts import Facts
 from pallas_kernels.ragged_dot.tpu_kernel import GRANULE
@@ -41,6 +41,8 @@ SHARDS = {
     "ep16": (16, 1),
     "tp2": (1, 2),
     "tp4": (1, 4),
+    "tp8": (1, 8),
+    "ep2tp4": (2, 4),
 }
 FORMS = ("bf16", "fp8", "int8")
 KERNELS = {"tpu": tpu, "gpu": gpu}
@@ -110,6 +112,20 @@ def cases(model: str, shard: str = "whole") -> Iterator[Case]:
 
 def programs(device: Device) -> Iterator[Program]:
     """Every case of the published models that the device's kernel supports, in every form."""
+    for case, form, reason in _calls(device):
+        if reason is None:
+            yield _program(case, form, device)
+
+
+def refused(device: Device) -> Iterator[Refused]:
+    """Those that it does not support."""
+    for case, form, reason in _calls(device):
+        if reason is not None:
+            yield Refused(_name(case, form), reason)
+
+
+def _calls(device: Device) -> Iterator[tuple[Case, str, str | None]]:
+    """Every case in every form, and why the device's kernel does not take it."""
     if device.platform not in KERNELS:
         return
     supports = KERNELS[device.platform].supports
@@ -117,10 +133,11 @@ def programs(device: Device) -> Iterator[Program]:
         for shard in SHARDS:
             for case in cases(model, shard):
                 for form in FORMS:
-                    facts = case.facts(form)
-                    whole = facts.blocks is None or facts.inner % facts.blocks[-2] == 0
-                    if whole and supports(device, facts) is None:
-                        yield _program(case, form, device)
+                    yield case, form, supports(device, case.facts(form))
+
+
+def _name(case: Case, form: str) -> str:
+    return f"ragged_dot/{case.name}/{form}"
 
 
 def _program(case: Case, form: str, device: Device) -> Program:
@@ -147,7 +164,7 @@ def _program(case: Case, form: str, device: Device) -> Program:
     if facts.blocks is None and case.activation is None and case.experts == case.total:
         baselines |= _libraries()
     return Program(
-        f"ragged_dot/{case.name}/{form}",
+        _name(case, form),
         lambda x, w, sizes, scale: call(x, w, sizes, scale=scale, impl=device.platform),
         args,
         make=functools.partial(_make, case, args),

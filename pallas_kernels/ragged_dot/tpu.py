@@ -38,8 +38,8 @@ from pallas_kernels.ragged_dot.tpu_kernel import GRANULE, WEIGHT_BUFFERS, ZERO_G
 
 X_DTYPES = ("bfloat16", "float32")
 NARROW = ("float8_e4m3fn", "int8")
-# Widths are cut into lanes of 128; half of them is the least that is not mostly padding.
-WIDTH = 64
+# Rows are cut into lanes of 128; half of them is the least that is not mostly padding.
+INNER_WIDTH = 64
 
 
 def supports(device: Device, facts: Facts) -> str | None:
@@ -54,8 +54,13 @@ def supports(device: Device, facts: Facts) -> str | None:
         return f"rows are {facts.x_dtype}; it takes {' or '.join(X_DTYPES)}"
     if facts.w_dtype not in (facts.x_dtype, *NARROW):
         return f"weights are {facts.w_dtype}, rows {facts.x_dtype}; use one dtype for both"
-    if facts.inner % WIDTH or facts.outer % WIDTH:
-        return f"widths {facts.inner} and {facts.outer} are not multiples of {WIDTH}"
+    if facts.inner % INNER_WIDTH:
+        return f"width {facts.inner} of the rows is not a multiple of {INNER_WIDTH}"
+    if facts.outer % tpu_config.LANES:
+        return (
+            f"width {facts.outer} of the results is not a multiple of {tpu_config.LANES}: XLA "
+            "keeps such matrices transposed, and would copy all of them for every call"
+        )
     return _blocks_reason(facts) or _memory_reason(facts, info)
 
 
@@ -94,17 +99,9 @@ def ragged_dot(
     out_dtype,
     config: Config | None = None,
 ):
-    """`pallas_kernels.ragged_dot`, on checked arguments; ``config`` overrides the tile sizes.
-
-    Raises:
-        ValueError: `supports` has a reason, or no TPU is there and none is named by the mesh
-            (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`) that is compiled for.
-    """
+    """`pallas_kernels.ragged_dot`, on checked arguments; ``config`` overrides the tile sizes."""
     device = Device.current()
     facts = Facts.of(x_MD, w, scale, blocks, activation, out_dtype)
-    reason = supports(device, facts)
-    if reason is not None:
-        raise ValueError(f"ragged_dot: implementation 'tpu' cannot run here: {reason}")
     M, total = x_MD.shape[0], group_sizes.shape[0]
     if M == 0:
         return jnp.zeros((0, facts.outer), out_dtype)

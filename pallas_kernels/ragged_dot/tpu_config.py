@@ -109,9 +109,9 @@ def candidates(facts: Facts, rows: int, total: int, device: Device) -> list[Conf
 
 
 def widths(facts: Facts, info: pltpu.TpuInfo) -> list[int]:
-    """The possible widths of a column tile, ascending: multiples of 128, or all columns."""
+    """The possible widths of a column tile, ascending: multiples of 128 that divide a core's."""
     own = facts.outer // cores(facts, info)
-    return [c for c in range(LANES, own, LANES) if own % c == 0] + [own]
+    return [c for c in range(LANES, own + 1, LANES) if own % c == 0]
 
 
 def fits(facts: Facts, config: Config, info: pltpu.TpuInfo) -> bool:

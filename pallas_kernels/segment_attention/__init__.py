@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import registry
+from pallas_kernels.device import Device
 from pallas_kernels.segment_attention import gpu, tpu, xla
 from pallas_kernels.segment_attention.facts import Facts as Facts
 
@@ -39,7 +40,8 @@ def segment_attention(
         [U, N, H] in q's dtype. No [U, U] array ever exists.
 
     Raises:
-        ValueError: shapes do not fit together.
+        ValueError: shapes do not fit together, or the implementation cannot run this on the device
+            that the mesh names (`Device.current`).
     """
     if q_UNH.ndim != 3 or k_UNH.shape != q_UNH.shape or v_UNH.shape != q_UNH.shape:
         raise ValueError(
@@ -50,5 +52,7 @@ def segment_attention(
         raise ValueError(
             f"segment_attention: segment_starts {segment_starts.shape}; needs [segments + 1]"
         )
-    fn = registry.get("segment_attention", impl).fn
+    _, N, H = q_UNH.shape
+    facts = Facts(N, H, q_UNH.dtype.name)
+    fn = registry.runnable("segment_attention", impl, Device.current(), [facts])
     return fn(q_UNH, k_UNH, v_UNH, segment_starts.astype(jnp.int32), sm_scale)

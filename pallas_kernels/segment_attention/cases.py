@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.device import Device
-from pallas_kernels.program import Program
+from pallas_kernels.program import Program, Refused
 from pallas_kernels.segment_attention import gpu, segment_attention, tpu
 from pallas_kernels.segment_attention.facts import Facts
 
@@ -23,14 +23,27 @@ BATCHES = {"1024": (1024, 1), "4096": (4096, 1), "16384": (16384, 1), "video-163
 
 
 def programs(device: Device) -> Iterator[Program]:
-    """Every batch through every tower's attention, in bfloat16."""
+    """Every batch through every tower's attention, in bfloat16, that the device's kernel takes."""
+    for name, dims, reason in _calls(device):
+        if reason is None:
+            yield _program(name, device.platform, *dims)
+
+
+def refused(device: Device) -> Iterator[Refused]:
+    """Those that it does not take."""
+    for name, _, reason in _calls(device):
+        if reason is not None:
+            yield Refused(name, reason)
+
+
+def _calls(device: Device) -> Iterator[tuple[str, tuple[int, int, int, int], str | None]]:
+    """Name, (patches, segments, heads, head dimension), and why the kernel does not take it."""
     if device.platform not in KERNELS:
         return
     for batch, (U, segments) in BATCHES.items():
         for tower, (N, H) in TOWERS.items():
-            if KERNELS[device.platform].supports(device, Facts(N, H, "bfloat16")) is None:
-                name = f"segment_attention/{batch}/{tower}"
-                yield _program(name, device.platform, U, segments, N, H)
+            reason = KERNELS[device.platform].supports(device, Facts(N, H, "bfloat16"))
+            yield f"segment_attention/{batch}/{tower}", (U, segments, N, H), reason
 
 
 def _program(name: str, impl: str, U: int, segments: int, N: int, H: int) -> Program:
