@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from jax.experimental.pallas import tpu as pltpu
 
-# "0x12f LB: >>> { … }": address, control target, loop depth, instructions.
-_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s*(?:[A-Z]{2})?\s*:\s*(>*)\s*\{(\})?")
+# "0x12f LB: >>> { … }": address, control target (LB: a loop's body), loop depth, instructions.
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s*([A-Z]{2})?\s*:\s*(>*)\s*\{(\})?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +24,25 @@ class Schedule:
     Attributes:
         total: all, each counted once.
         nest: bundles at each depth of the deepest loop nest, the outermost loop first.
+        loops: how many loops each depth of that nest has.
+        rivals: how many other nests are as deep.
         spills: registers written to memory because there are too few.
     """
 
     total: int
     nest: tuple[int, ...]
+    loops: tuple[int, ...]
+    rivals: int
     spills: int
+
+    def untold(self, trips: Sequence[float]) -> str | None:
+        """Why the bundles are no time, though each depth's loops run as often as ``trips`` says."""
+        if self.rivals:
+            return f"{self.rivals + 1} nests of {len(self.nest)} loops, which run differently often"
+        for depth, (loops, trip) in enumerate(zip(self.loops, trips, strict=False)):
+            if loops > 1 and trip:
+                return f"{loops} loops side by side at depth {depth + 1}, which share one count"
+        return None
 
     def cycles(self, trips: Sequence[float]) -> float:
         """Cycles when the loops of the nest run ``trips[0]``, ``trips[0] * trips[1]`` … times.
@@ -67,22 +80,29 @@ def read(directory: pathlib.Path, kernel: str) -> Schedule:
 
 def parse(bundles: str, utilization: str) -> Schedule:
     """A schedule from the texts of its bundles and of their table of used slots."""
-    depths = []
+    depths, bodies = [], []
     for found in filter(None, map(_BUNDLE.match, bundles.splitlines())):
+        target, depth, empty = found.groups()
         # An empty bundle at the edge of a region shows no depth: it belongs where it stands.
-        inherits = depths and found[2] and not found[1]
-        depths.append(depths[-1] if inherits else len(found[1]))
+        depths.append(depths[-1] if depths and empty and not depth else len(depth))
+        bodies.append(target == "LB")
     nests, nest = [], []
-    for depth in [*depths, 0]:
-        if depth:
-            nest.append(depth)
+    for each in [*zip(depths, bodies, strict=True), (0, False)]:
+        if each[0]:
+            nest.append(each)
         elif nest:
             nests.append(nest)
             nest = []
-    deepest = max(nests, key=max, default=[])
-    levels = range(1, max(deepest, default=0) + 1)
+    deep = [max(nest)[0] for nest in nests]
+    most = max(deep, default=0)
+    deepest = nests[deep.index(most)] if most else []
+    levels = range(1, most + 1)
     return Schedule(
-        len(depths), tuple(deepest.count(level) for level in levels), _spills(utilization)
+        total=len(depths),
+        nest=tuple(sum(depth == level for depth, _ in deepest) for level in levels),
+        loops=tuple(deepest.count((level, True)) for level in levels),
+        rivals=max(0, deep.count(most) - 1),
+        spills=_spills(utilization),
     )
 
 

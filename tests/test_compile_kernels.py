@@ -5,6 +5,7 @@ import types
 
 import compile_kernels
 import pytest
+import tabulate_kernels
 
 NOW = {"source": "5", "compiler": "c"}
 
@@ -89,3 +90,34 @@ def test_what_a_file_has_of_the_same_sources_is_not_compiled_again(monkeypatch, 
     assert (status, starts) == (0, [{"ragged_dot/same"}])
     assert "0 failed, 0 s; 1 were done before" in capsys.readouterr().out
     assert len(out.read_text().splitlines()) == len(lines)
+
+
+def test_a_table_counts_each_program_once_and_lists_what_is_odd(tmp_path):
+    kernel = {"spilled": 0, "shared": 64, "serialized": False}
+    common = {"device": "h200", "seconds": 1.5, **NOW}
+    lines = [
+        {"name": "f/8B/a", **common, "error": "an older try"},
+        {"name": "f/8B/a", **common, "kernels": [kernel, {**kernel, "spilled": 8}]},
+        {"name": "f/8B/b", **common, "kernels": [{**kernel, "serialized": True, "shared": 96}]},
+        {"name": "f/8B/c", **common, "error": "Mosaic\nhas no idea"},
+        {"name": "f/8B/d", **common, "seconds": 0.0, "refused": "too wide"},
+        {"name": "f/8B/e", **common, "seconds": 0.0, "refused": "too wide"},
+        {"name": "f/0.6B/a", **common, "kernels": [kernel]},
+    ]
+    files = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    for file, part in zip(files, (lines[:3], lines[3:]), strict=True):
+        file.write_text("".join(json.dumps(line) + "\n" for line in part))
+    tabulate_kernels.main([*map(str, files), "--out", str(tmp_path / "table.json")])
+    found = json.loads((tmp_path / "table.json").read_text())
+    assert found["total"] == {"compiled": 3, "skipped": 2, "failed": 1, "seconds": 6.0}
+    assert found["sources"] == ["h200 f 5"]
+    small, large = found["programs"]
+    assert small == {
+        "device": "h200", "op": "f", "model": "0.6B", "compiled": 1, "skipped": 0, "failed": 0,
+        "seconds": 1.5, "shared_bytes": 64,
+    }  # fmt: skip
+    assert large["refused"] == {"too wide": 2}
+    assert large["errors"] == {"f/8B/c": "Mosaic"}
+    assert large["spilled_bytes"] == {"f/8B/a": 8}
+    assert large["serialized"] == ["f/8B/b"]
+    assert large["shared_bytes"] == 96

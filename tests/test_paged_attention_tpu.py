@@ -162,6 +162,10 @@ def test_heads_are_taken_out_of_their_words_exactly(dtype, heads):
         )
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11),
+    reason=f"JAX {jax.__version__} interprets no store to a reshaped reference; 0.11 does",
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_heads_are_put_back_into_their_words(dtype):
     x = oracles.round_to(np.random.default_rng(0).standard_normal((4, 16, 128)), dtype)

@@ -4,18 +4,19 @@ What it must not read is NaN, and tiles are small, so that every boundary is cro
 tiles and row tiles per expert, groups that share a granule of 16 rows, two cores.
 """
 
+import dataclasses
 import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
+import routed
+from routed import FP8, GATE_UP, product
 from tpu_interpret import chip
 
 from pallas_kernels.device import Device, tpu_info
-from pallas_kernels.ragged_dot import Facts, ragged_dot, tpu, tpu_config
+from pallas_kernels.ragged_dot import tpu, tpu_config
 from pallas_kernels.ragged_dot.tpu_config import Config
 from pallas_kernels.ragged_dot.tpu_groups import Groups
 
@@ -37,151 +38,55 @@ ROUTINGS = {
 }
 
 
-def weights(form, *, E=R, pair=True, inner=D, outer=F, seed=0):
-    """Values, scale and blocks of w [E, (2,) D, F] in float32, bfloat16, fp8 or int8 form."""
-    rng = np.random.default_rng(seed)
-    shape = (E, *((2,) if pair else ()), inner, outer)
-    w = rng.standard_normal(shape) / np.sqrt(inner)
-    if form in ("float32", "bfloat16"):
-        return oracles.round_to(w, form), None, None
-    blocks = (1,) * (len(shape) - 2) + ((128, 128) if form == "fp8" else (inner, 1))
-    scale_shape = [-(-n // b) for n, b in zip(shape, blocks, strict=True)]
-    scale = rng.uniform(0.5, 2.0, scale_shape).astype(np.float32) / 64
-    if form == "fp8":
-        # Subnormal numbers and both zeros are among the values.
-        values = oracles.round_to(w * 64 * rng.choice([1, 2.0**-7, -0.0], shape), "float8_e4m3fn")
-        return values, oracles.round_to(scale, "bfloat16"), blocks
-    return rng.integers(-127, 128, shape).astype(np.int8), scale / np.sqrt(inner), blocks
-
-
-def rows(M, dtype, *, inner=D, seed=1):
-    """Zero-mean x [M, D]."""
-    return oracles.round_to(np.random.default_rng(seed).standard_normal((M, inner)), dtype)
-
-
-def call(x, w, scale, sizes, first, *, blocks, activation, out_dtype, config):
-    """The implementation under jit, with given tiles."""
-    fn = functools.partial(
-        tpu.ragged_dot,
-        blocks=blocks,
-        activation=activation,
-        out_dtype=jnp.dtype(out_dtype),
-        config=config,
-    )
-    run = jax.jit(lambda x, w, s, n, first: fn(x, w, n, scale=s, first_expert=first))
-    return np.asarray(run(x, w, scale, np.asarray(sizes, np.int32), np.int32(first)))
-
-
-def check(form, sizes, M, *, first=0, E=R, pair=True, out_dtype="float32", config=SMALL):
-    """One case against the oracle, with NaN wherever the kernel has nothing to look for."""
-    activation = "swiglu" if pair else None
-    w, scale, blocks = weights(form, E=E, pair=pair)
-    x = rows(M, "float32" if form == "float32" else "bfloat16")
-    plain = w if blocks is None else oracles.dequantize(w, scale, blocks)
-    want = oracles.ragged_dot(x, plain, sizes, first_expert=first, activation=activation)
-    owner = np.repeat(np.arange(len(sizes)), sizes)
-    unread = np.ones(M, bool)
-    unread[: len(owner)] = (owner < first) | (owner >= first + E)
-    x[unread] = np.nan
-    empty = np.asarray(sizes)[first : first + E] == 0
-    if scale is not None:
-        scale[empty] = np.nan
-    else:
-        w[empty] = np.nan
-    got = call(
-        x,
-        w,
-        scale,
-        sizes,
-        first,
-        blocks=blocks,
-        activation=activation,
-        out_dtype=out_dtype,
-        config=config,
-    )
-    assert got.dtype == jnp.dtype(out_dtype)
-    assert not got[unread].any()
-    # The sum is in float32; the result is rounded once.
-    assert oracles.row_error(got, want) < (1e-5 if out_dtype == "float32" else 2.0**-8)
+KERNEL = routed.Kernel(tpu.ragged_dot, SMALL, chip, R, D, F)
+check = KERNEL.check
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_each_row_meets_its_own_expert_only(routing):
-    with chip():
-        check("bfloat16", ROUTINGS[routing], 100)
+    check("bfloat16", ROUTINGS[routing], 100)
 
 
 @pytest.mark.parametrize("form", ["float32", "fp8", "int8"])
 @pytest.mark.parametrize("pair", [True, False])
 def test_every_form_of_weights(form, pair):
-    with chip():
-        check(form, ROUTINGS["tails off alignment"], 96, pair=pair)
+    check(form, ROUTINGS["tails off alignment"], 96, pair=pair)
 
 
 @pytest.mark.parametrize("first", [0, 2, 4])
 def test_a_shard_computes_its_experts_and_leaves_the_rest_zero(first):
-    with chip():
-        check("bfloat16", [15, 17, 1, 31, 300, 9], 380, first=first, E=2, pair=False)
+    check("bfloat16", [15, 17, 1, 31, 300, 9], 380, first=first, E=2, pair=False)
 
 
 @pytest.mark.parametrize("M", [1, 7, 16, 33])
 def test_row_counts_that_are_no_granules(M):
-    with chip():
-        check("bfloat16", [0, M // 2, 0, 0, M - M // 2, 0], M)
+    check("bfloat16", [0, M // 2, 0, 0, M - M // 2, 0], M)
 
 
 @pytest.mark.parametrize("config", [Config(16, 128), Config(16, 384), Config(64, 384)])
 def test_tiles_change_nothing(config):
-    with chip():
-        check("bfloat16", ROUTINGS["tails off alignment"], 96, config=config)
-        check("fp8", ROUTINGS["one granule for all"], 32, config=config)
+    check("bfloat16", ROUTINGS["tails off alignment"], 96, config=config)
+    check("fp8", ROUTINGS["one granule for all"], 32, config=config)
 
 
 @pytest.mark.parametrize("form", ["bfloat16", "fp8", "int8"])
 def test_the_result_is_rounded_once(form):
-    with chip():
-        check(form, ROUTINGS["one granule for all"], 16, out_dtype="bfloat16")
+    check(form, ROUTINGS["one granule for all"], 16, out="bfloat16")
 
 
 def test_halves_of_lanes_are_no_trouble():
-    w, _, _ = weights("bfloat16", pair=False, inner=192)
-    x, sizes = rows(48, "bfloat16", inner=192), [15, 17, 1, 0, 6, 9]
-    with chip():
-        got = call(
-            x, w, None, sizes, 0, blocks=None, activation=None, out_dtype="float32", config=SMALL
-        )
-    assert oracles.row_error(got, oracles.ragged_dot(x, w, sizes)) < 1e-5
+    narrow = dataclasses.replace(KERNEL, inner=192)
+    narrow.check("bfloat16", [15, 17, 1, 0, 6, 9], 48, pair=False)
 
 
 def test_two_cores_do_half_of_the_columns_each():
-    w, scale, blocks = weights("fp8", outer=512)
-    x, sizes = rows(70, "bfloat16"), [15, 17, 1, 0, 16, 9]
-    with chip("TPU v5", cores=2):
-        got = call(
-            x,
-            w,
-            scale,
-            sizes,
-            0,
-            blocks=blocks,
-            activation="swiglu",
-            out_dtype="float32",
-            config=SMALL,
-        )
-    plain = oracles.dequantize(w, scale, blocks)
-    assert oracles.row_error(got, oracles.ragged_dot(x, plain, sizes, activation="swiglu")) < 1e-5
+    two = functools.partial(chip, "TPU v5", cores=2)
+    wide = dataclasses.replace(KERNEL, here=two, outer=512)
+    wide.check("fp8", [15, 17, 1, 0, 16, 9], 70)
 
 
 def test_the_operation_takes_it_by_name_and_chooses_tiles():
-    w, scale, blocks = weights("fp8")
-    x, sizes = rows(40, "bfloat16"), np.asarray([15, 0, 1, 0, 6, 9], np.int32)
-    with chip():
-        fn = functools.partial(ragged_dot, blocks=blocks, activation="swiglu", impl="tpu")
-        got = np.asarray(jax.jit(lambda x, w, n, s: fn(x, w, n, scale=s))(x, w, sizes, scale))
-    plain = oracles.dequantize(w, scale, blocks)
-    want = oracles.ragged_dot(x, plain, sizes, activation="swiglu")
-    assert got.dtype == jnp.bfloat16
-    assert oracles.row_error(got, want) < 2.0**-8
+    KERNEL.check_by_name("tpu", [15, 0, 1, 0, 6, 9])
 
 
 # ---- the list of groups --------------------------------------------------------------------------
@@ -201,28 +106,21 @@ def test_groups_are_the_held_experts_that_have_rows(routing, first):
 
 # ---- what it supports ----------------------------------------------------------------------------
 
-GATE_UP = Facts(128, 2048, 768, "swiglu", "bfloat16", "bfloat16", "bfloat16")
-FP8 = {"w_dtype": "float8_e4m3fn", "scale_dtype": "bfloat16"}
-
-
-def with_(**changes) -> Facts:
-    return Facts(**{**vars(GATE_UP), **changes})
-
 
 @pytest.mark.parametrize(
     ("facts", "device", "reason"),
     [
-        (with_(), Device("tpu", "TPU v99"), "device kind 'TPU v99' is unknown"),
-        (with_(), Device("tpu", "TPU v4"), "too little VMEM"),
-        (with_(x_dtype="float16"), V6E, "rows are float16; it takes bfloat16 or float32"),
-        (with_(x_dtype="float32"), V6E, "weights are bfloat16, rows float32"),
-        (with_(inner=96), V6E, "width 96 of the rows is not a multiple of 64"),
-        (with_(outer=192), V6E, "width 192 of the results is not a multiple of 128"),
-        (with_(w_dtype="int8"), V6E, "weights are int8 without scales"),
-        (with_(blocks=(2, 1, 128, 128), **FP8), V6E, "shared by experts"),
-        (with_(blocks=(1, 1, 192, 128), **FP8), V6E, "blocks of 192 rows"),
-        (with_(blocks=(1, 1, 128, 64), **FP8), V6E, "blocks of 64 columns"),
-        (with_(inner=2**17), V6E, r"its smallest tiles take \d+ MiB of 128 MiB of VMEM"),
+        (product(), Device("tpu", "TPU v99"), "device kind 'TPU v99' is unknown"),
+        (product(), Device("tpu", "TPU v4"), "too little VMEM"),
+        (product(x_dtype="float16"), V6E, "rows are float16; it takes bfloat16 or float32"),
+        (product(x_dtype="float32"), V6E, "weights are bfloat16, rows float32"),
+        (product(inner=96), V6E, "width 96 of the rows is not a multiple of 64"),
+        (product(outer=192), V6E, "width 192 of the results is not a multiple of 128"),
+        (product(w_dtype="int8"), V6E, "weights are int8 without scales"),
+        (product(blocks=(2, 1, 128, 128), **FP8), V6E, "shared by experts"),
+        (product(blocks=(1, 1, 192, 128), **FP8), V6E, "blocks of 192 rows"),
+        (product(blocks=(1, 1, 128, 64), **FP8), V6E, "blocks of 64 columns"),
+        (product(inner=2**17), V6E, r"its smallest tiles take \d+ MiB of 128 MiB of VMEM"),
     ],
 )
 def test_what_it_cannot_run_has_a_reason(facts, device, reason):
@@ -233,10 +131,10 @@ def test_what_it_cannot_run_has_a_reason(facts, device, reason):
 def test_the_published_models_run_on_every_chip(kind):
     device = Device("tpu", kind)
     for inner, outer, pair in ((2048, 768, "swiglu"), (2560, 6144, None), (6144, 2560, "swiglu")):
-        facts = with_(inner=inner, outer=outer, activation=pair)
+        facts = product(inner=inner, outer=outer, activation=pair)
         assert tpu.supports(device, facts) is None
         blocks = (1, 128, 128) if pair is None else (1, 1, 128, 128)
-        facts = with_(inner=inner, outer=outer, activation=pair, blocks=blocks, **FP8)
+        facts = product(inner=inner, outer=outer, activation=pair, blocks=blocks, **FP8)
         assert tpu.supports(device, facts) is None
 
 
@@ -256,7 +154,7 @@ def test_tiles_fit_every_chip_and_divide_the_columns_of_a_core():
             (6144, 2560, "swiglu"),
             (2560, 6144, None),
         ):
-            facts = with_(inner=inner, outer=outer, activation=pair)
+            facts = product(inner=inner, outer=outer, activation=pair)
             for tokens in (1, 256, 8192):
                 config = tpu_config.choose(facts, 8 * tokens, 128, Device("tpu", kind))
                 assert outer // info.num_cores % config.columns == 0
@@ -265,8 +163,8 @@ def test_tiles_fit_every_chip_and_divide_the_columns_of_a_core():
 
 def test_two_cores_share_the_columns_only_where_each_gets_whole_tiles():
     info = tpu_info("TPU v5")
-    assert tpu_config.cores(with_(outer=768), info) == 2
-    assert tpu_config.cores(with_(outer=384), info) == 1
+    assert tpu_config.cores(product(outer=768), info) == 2
+    assert tpu_config.cores(product(outer=384), info) == 1
 
 
 def test_a_measured_entry_stands_before_the_rule(monkeypatch):

@@ -33,7 +33,7 @@ MXU, VSTORE, VSTORE:SPILL, SALU
 
 def test_bundles_are_counted_at_their_depth_in_the_deepest_nest():
     schedule = tpu_schedule.parse(BUNDLES, UTILIZATION)
-    assert schedule == tpu_schedule.Schedule(total=13, nest=(3, 4), spills=3)
+    assert schedule == tpu_schedule.Schedule(13, (3, 4), loops=(1, 1), rivals=0, spills=3)
 
 
 def test_cycles_follow_the_trips_of_the_loops():
@@ -42,6 +42,18 @@ def test_cycles_follow_the_trips_of_the_loops():
     assert schedule.cycles((10,)) == 6 + 7 * 10, "the compiler's own loop: one pass"
     with pytest.raises(ValueError, match=r"3 trips .* for a nest of 2 loops"):
         schedule.cycles((1, 2, 3))
+
+
+def test_loops_side_by_side_share_no_count():
+    assert tpu_schedule.parse(BUNDLES, UTILIZATION).untold((10, 5)) is None
+    second = "   0xa1 LB: >> { %v1 = vld [vmem:[%s6]] }\n   0xb   : > {"
+    beside = tpu_schedule.parse(BUNDLES.replace("   0xb   : > {", second), UTILIZATION)
+    assert beside.loops == (1, 2)
+    assert beside.untold((10, 5)) == "2 loops side by side at depth 2, which share one count"
+    assert beside.untold((10, 0)) is None, "neither runs"
+    nest = "".join(line for line in BUNDLES.splitlines(True) if ">" in line)
+    rival = tpu_schedule.parse(BUNDLES + nest, UTILIZATION)
+    assert rival.untold((10, 5)) == "2 nests of 2 loops, which run differently often"
 
 
 def test_one_kernel_is_read_from_a_dump(tmp_path):
