@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import tiny
 from demo import files, run, tokenizer, training, weights
-from demo.schedule import CONSTANT, WARM, Schedule
+from demo.schedule import AGAIN, CONSTANT, WARM, Schedule
 
+from qwen_jax.model.cache import KVCache
+from qwen_jax.model.text import Decoded
 from qwen_jax.weights import checkpoint
 
 STEPS = 4
@@ -70,6 +72,25 @@ def test_every_weight_gets_a_gradient(whole):
         assert float(jnp.abs(leaf).max()) > 0, jax.tree_util.keystr(path)
 
 
+@pytest.mark.parametrize(
+    ("experts", "shares", "wanted"),
+    [
+        ([[0, 1], [2, 3]], [0.25, 0.25, 0.25, 0.25], 1.0),
+        ([[0, 1], [0, 1]], [0.5, 0.5, 0.0, 0.0], 2.0),
+        ([[0, 1], [0, 2]], [0.4, 0.3, 0.2, 0.1], 4 * (0.5 * 0.4 + 0.25 * 0.3 + 0.25 * 0.2)),
+    ],
+)
+def test_idle_experts_cost(experts, shares, wanted):
+    even = jnp.full((2, 4), 0.25)
+    out = Decoded(
+        x_TD=jnp.zeros((2, 1)),
+        cache=KVCache((), ()),
+        experts=(jnp.array(experts), jnp.array([[0, 1], [2, 3]])),
+        shares=(jnp.array([shares, shares]), even),
+    )
+    assert float(training.imbalance(out)) == pytest.approx((wanted + 1) / 2)
+
+
 def test_the_checkpoint_holds_the_weights_in_bfloat16(whole):
     loaded = checkpoint.load(whole.out, runtime=whole.machine)
     assert loaded.config == whole.config
@@ -103,4 +124,12 @@ def test_a_run_by_minutes_ends_when_they_are_over():
     assert Schedule(minutes=10).prolonged(300.0, 20).minutes == 25
     with pytest.raises(ValueError, match="ends at step"):
         schedule.prolonged(seconds, 20)
+    again = schedule.again(100)
+    assert (again.falls, again.ends) == (step, step + 100)
+    assert again.rate(step) == pytest.approx(AGAIN)
+    assert again.rate(step + 50) == pytest.approx(AGAIN * 0.51)
+    assert not again.is_over(step + 99)
+    assert again.is_over(step + 100)
+    with pytest.raises(ValueError, match="is not over"):
+        Schedule(minutes=10).again(100)
     assert json.loads(json.dumps(vars(schedule))) == vars(schedule)

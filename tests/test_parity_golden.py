@@ -124,7 +124,7 @@ def one_layer(case: Case, index: int) -> dict[str, jax.Array]:
         "output": layer(weights, given["input"])[0],
     }
     if isinstance(weights.mlp, Moe):
-        routing = route(weights.mlp.router, given["ffn_norm"], batch.is_token, config)
+        routing, _ = route(weights.mlp.router, given["ffn_norm"], batch.is_token, config)
         rungs |= {"expert_ids": routing.experts, "expert_weights": routing.weights}
     return rungs
 

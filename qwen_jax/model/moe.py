@@ -34,15 +34,15 @@ def mlp(weights: Mlp, x_TD: jax.Array) -> jax.Array:
 
 def moe(
     weights: Moe, x_TD: jax.Array, is_token: jax.Array, config: TextConfig, runtime: Runtime
-) -> tuple[jax.Array, Routing]:
-    """One sparse layer: [T, D] in, [T, D] out, zero for padding; and where its tokens went.
+) -> tuple[jax.Array, Routing, jax.Array]:
+    """One sparse layer: [T, D] in, [T, D] out, zero for padding; and what `route` returns.
 
     How tokens and experts come together over devices is the form of `dispatch` that the runtime
     names. Source: transformers Qwen3MoeSparseMoeBlock.
     """
     mesh, rules = runtime.mesh, dispatch.router_rules(runtime, *x_TD.shape)
     x_TD = sharding_lib.constrain(x_TD, "T D", mesh, rules)
-    routing = _route_where_they_are(weights.router, x_TD, is_token, config, mesh, rules)
+    routing, shares_TR = _route_where_they_are(weights.router, x_TD, is_token, config, mesh, rules)
     out = dispatch.run(
         partial(_experts, config=config, runtime=runtime),
         (weights.gate_up, weights.down),
@@ -55,10 +55,10 @@ def moe(
         num_experts=config.num_experts,
         runtime=runtime,
     )
-    return out, routing
+    return out, routing, shares_TR
 
 
-def _route_where_they_are(router, x_TD, is_token, config: TextConfig, mesh, rules) -> Routing:
+def _route_where_they_are(router, x_TD, is_token, config: TextConfig, mesh, rules):
     """`route`, with tokens left on the devices of T: XLA would gather all logits for top-k."""
     rules = sharding_lib.for_tokens(rules, mesh, x_TD.shape[0])
     split, rows = (sharding_lib.spec(dims, mesh, rules) for dims in ("T", "T ."))

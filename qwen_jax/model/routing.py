@@ -25,8 +25,14 @@ class Routing:
     weights: jax.Array
 
 
-def route(router: Weight, x_TD: jax.Array, is_token: jax.Array, config: TextConfig) -> Routing:
+def route(
+    router: Weight, x_TD: jax.Array, is_token: jax.Array, config: TextConfig
+) -> tuple[Routing, jax.Array]:
     """Softmax over all experts in float32, the best A, normalised where the model says so.
+
+    Returns:
+        The choice, and the softmax it was made from: float32 [T, R], for losses that balance the
+        experts. A program that does not use it does not keep it.
 
     Args:
         router: [D, R].
@@ -37,11 +43,12 @@ def route(router: Weight, x_TD: jax.Array, is_token: jax.Array, config: TextConf
     Source: transformers Qwen3MoeTopKRouter.
     """
     logits_TR = quant.einsum("TD,DR->TR", x_TD, router, jnp.float32)
-    weights, experts = jax.lax.top_k(jax.nn.softmax(logits_TR), config.num_experts_per_tok)
+    shares_TR = jax.nn.softmax(logits_TR)
+    weights, experts = jax.lax.top_k(shares_TR, config.num_experts_per_tok)
     if config.norm_topk_prob:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     experts = jnp.where(is_token[:, None], experts, config.num_experts)
-    return Routing(experts.astype(jnp.int32), weights)
+    return Routing(experts.astype(jnp.int32), weights), shares_TR
 
 
 def no_experts(tokens: int, config: TextConfig) -> jax.Array:

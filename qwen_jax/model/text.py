@@ -31,12 +31,14 @@ class LayerOut:
         x_TD: the stream behind it.
         pages, scales: its updated cache.
         experts: int32 [T, A], where its tokens went (`Routing`); None of a dense layer.
+        shares: float32 [T, R], the router's softmax; None of a dense layer.
     """
 
     x_TD: jax.Array
     pages: jax.Array
     scales: jax.Array | None
-    experts: jax.Array | None
+    experts: jax.Array | None = None
+    shares: jax.Array | None = None
 
 
 @struct.dataclass
@@ -46,12 +48,14 @@ class Decoded:
     Attributes:
         x_TD: the stream before the final norm.
         cache: updated.
-        experts: per layer, as in `LayerOut`; a program that does not use them does not keep them.
+        experts, shares: per layer, as in `LayerOut`; a program that does not use them does not keep
+            them.
     """
 
     x_TD: jax.Array
     cache: KVCache
     experts: tuple[jax.Array | None, ...]
+    shares: tuple[jax.Array | None, ...]
 
     def routing(self, config: TextConfig) -> jax.Array:
         """int32 [layers, T, A]: the experts of each token; R where a layer or token has none.
@@ -92,9 +96,9 @@ def decoder_layer(
     x_TD = x_TD + out
     normed = rms_norm(x_TD, weights.mlp_norm, config.rms_norm_eps)
     if isinstance(weights.mlp, Mlp):
-        return LayerOut(x_TD + mlp(weights.mlp, normed), pages, scales, None)
-    out, routing = moe(weights.mlp, normed, batch.is_token, config, runtime)
-    return LayerOut(x_TD + out, pages, scales, routing.experts)
+        return LayerOut(x_TD + mlp(weights.mlp, normed), pages, scales)
+    out, routing, shares_TR = moe(weights.mlp, normed, batch.is_token, config, runtime)
+    return LayerOut(x_TD + out, pages, scales, routing.experts, shares_TR)
 
 
 def decode(
@@ -121,4 +125,5 @@ def decode(
         if visual is not None and i < visual.levels.shape[0]:  # DeepStack, after both residuals
             x_TD = x_TD + visual.take(visual.levels[i]).astype(x_TD.dtype)
     cache = KVCache(tuple(out.pages for out in made), tuple(out.scales for out in made))
-    return Decoded(x_TD, cache, tuple(out.experts for out in made))
+    experts, shares = (tuple(getattr(out, name) for out in made) for name in ("experts", "shares"))
+    return Decoded(x_TD, cache, experts, shares)

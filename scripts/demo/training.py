@@ -21,6 +21,7 @@ from qwen_jax.weights.params import Weights
 
 PEAK_RATE = 2e-3
 DECAY = 0.02  # of matrices, times the learning rate
+BALANCE = 0.03  # of the loss that keeps experts busy
 
 
 @struct.dataclass
@@ -62,10 +63,28 @@ def _optimiser() -> optax.GradientTransformation:
 
 
 def loss(params: Weights, config: ModelConfig, machine: Runtime, batch: Batch) -> jax.Array:
-    """Mean cross entropy of the tokens to be learned."""
-    logits = logits_of(params, config, machine, batch)
+    """Mean cross entropy of the tokens to be learned, and a little for experts that are idle."""
+    out = decoded(params, config, machine, batch)
+    logits = unembed(params, out.x_TD[batch.learned], config, machine)
     each = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
-    return jnp.sum(each * batch.weights) / jnp.sum(batch.weights)
+    wrong = jnp.sum(each * batch.weights) / jnp.sum(batch.weights)
+    return wrong + BALANCE * imbalance(out)
+
+
+def imbalance(out: Decoded) -> jax.Array:
+    """1 where every expert of a layer has equally many tokens, up to E / A where A have all.
+
+    The mean over layers of E * sum over experts (share of the choices * mean of the router's
+    softmax): the second factor has a gradient. Source: Switch Transformer, section 2.2.
+    """
+    found = []
+    for experts_TA, shares_TR in zip(out.experts, out.shares, strict=True):
+        assert experts_TA is not None
+        assert shares_TR is not None
+        counts = jnp.bincount(experts_TA.reshape(-1), length=shares_TR.shape[-1])
+        chosen = counts / jnp.sum(counts)
+        found.append(shares_TR.shape[-1] * jnp.sum(chosen * shares_TR.mean(axis=0)))
+    return jnp.mean(jnp.stack(found))
 
 
 def logits_of(params: Weights, config: ModelConfig, machine: Runtime, batch: Batch) -> jax.Array:
