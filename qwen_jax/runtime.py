@@ -182,7 +182,8 @@ class Runtime:
             sharding_lib.ways(mesh, axes)  # raises where the mesh has no such axis
         device = Device.of(mesh.devices.flat[0])
         expert_dispatch.check(dispatch, mesh=mesh, rules=rules, platform=device.platform)
-        log.info("dispatch: %s", expert_dispatch.described(dispatch))
+        if mesh.size > 1:
+            log.info("dispatch: %s", expert_dispatch.described(dispatch))
         dtype = _activation_dtype(dtype, device.platform)
         if kv_cache_dtype == "auto":
             kv_cache_dtype = dtype
@@ -235,7 +236,9 @@ def _choose_kernels(
     for op in OPS:
         choice = registry.choose(op, table.get(op, "auto"), device, facts.get(op))
         for name, reason in choice.reasons.items():
-            log.info("%s: not %s: %s", op, name, reason)
-        log.info("%s: %s", op, choice.name)
+            # What is made for another platform is no news on this one.
+            ours = registry.get(op, name).platform in (None, device.platform)
+            log.log(logging.INFO if ours else logging.DEBUG, "%s: not %s: %s", op, name, reason)
         chosen.append((op, choice.name))
+    log.info("kernels: %s", ", ".join(f"{op} {name}" for op, name in chosen))
     return tuple(chosen)

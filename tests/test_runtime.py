@@ -44,13 +44,14 @@ def test_every_op_has_the_reference_implementation_here():
 
 def test_auto_takes_the_first_that_runs_and_logs_why_not_the_others(implementations, caplog):
     implementations(PICKY, ELSEWHERE, GOOD)
-    with caplog.at_level(logging.INFO, "qwen_jax.runtime"):
+    with caplog.at_level(logging.DEBUG, "qwen_jax.runtime"):
         runtime = Runtime.make(config=MODEL)
     assert runtime.kernel("ragged_dot") == "good"
-    messages = [record.getMessage() for record in caplog.records]
-    assert "ragged_dot: not picky: it never runs" in messages
-    assert "ragged_dot: not far: it runs on tpu, this is cpu" in messages
-    assert "ragged_dot: good" in messages
+    said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert ("INFO", "ragged_dot: not picky: it never runs") in said
+    assert ("DEBUG", "ragged_dot: not far: it runs on tpu, this is cpu") in said
+    kernels = "kernels: ragged_dot good, paged_attention xla, segment_attention xla"
+    assert ("INFO", kernels) in said
 
 
 def test_a_kernel_asked_for_by_name_is_taken_or_raises_with_its_reason(implementations):
