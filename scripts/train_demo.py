@@ -8,6 +8,10 @@ Examples:
     python scripts/train_demo.py --out demo-checkpoint --minutes 60   # resumed: 60 more from now
     python scripts/train_demo.py --out trial --minutes 8 --lessons pictures
     python scripts/train_demo.py --out again --steps 20000            # the same weights every time
+
+The checkpoint in the package was made by these two:
+    python scripts/train_demo.py --out demo-checkpoint --minutes 68   # 13,192 steps on two cores
+    python scripts/train_demo.py --out demo-checkpoint --again 2400
 """
 
 import argparse
@@ -32,6 +36,9 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--steps", type=int, help="a number of steps instead of minutes")
     parser.add_argument(
+        "--again", metavar="STEPS", type=int, help="a run that is over goes on, from a lower rate"
+    )
+    parser.add_argument(
         "--lessons", nargs="+", choices=lessons.LESSONS, help="only these (default: all)"
     )
     parser.add_argument("--seed", type=int, default=0)
@@ -43,12 +50,17 @@ def main(argv: list[str]) -> None:
         running = run.resume(args.out)
         if args.minutes is not None:
             running.schedule = running.schedule.prolonged(running.seconds, args.minutes)
+        if args.again is not None:
+            running.schedule = running.schedule.again(args.again)
         print(f"resuming {args.out} at step {running.step}", flush=True)
     else:
         schedule = Schedule.of_steps(args.steps) if args.steps else Schedule(args.minutes or 90.0)
-        mixture = lessons.only(*args.lessons) if args.lessons else lessons.MIXTURE
         running = run.begin(
-            args.out, seed=args.seed, lines=args.lines, schedule=schedule, mixture=mixture
+            args.out,
+            seed=args.seed,
+            lines=args.lines,
+            schedule=schedule,
+            only=tuple(args.lessons or ()),
         )
     log = args.out / "training" / "log.txt"
     stopped = threading.Event()

@@ -28,10 +28,11 @@ def encoder(tmp_path_factory):
     return encode.Encoder(directory, from_hf(json.loads((directory / "config.json").read_text())))
 
 
-def test_no_held_out_thing_is_in_a_picture_to_learn_from():
+@pytest.mark.parametrize("lesson", [pictures.lesson, pictures.places_lesson, pictures.alike_lesson])
+def test_no_held_out_thing_is_in_a_picture_to_learn_from(lesson):
     rng, kinds = random.Random(1), set()
     for _ in range(200):
-        for place, (what, *more) in enumerate(pictures.lesson(rng).seen):
+        for place, (what, *more) in enumerate(lesson(rng).seen):
             if what != "nothing":
                 kinds.add(what)
                 assert not is_held_out(what, more[0], place)
@@ -53,6 +54,45 @@ def test_an_examination_asks_for_the_held_out_thing(kind):
         words = set(question.rstrip("?").split()) | set(answer.lower().rstrip(".").split())
         expected = {"colour": colour, "shape": what, "digit": what, "place": what}[kind]
         assert {expected, *where.split()} <= words
+
+
+def test_things_of_few_colours_are_told_apart_by_their_shapes():
+    rng, counts = random.Random(5), set()
+    for _ in range(50):
+        sample = pictures.alike_lesson(rng)
+        counts.add(len({words[1] for words in sample.seen if words[0] != "nothing"}))
+        assert sample.messages[-2]["content"] == "List all things."
+    assert counts == {1, 2, 3}
+
+
+def test_what_is_told_last_is_all_that_is_in_the_picture():
+    rng, kinds = random.Random(4), set()
+    for _ in range(50):
+        sample = pictures.lesson(rng)
+        question, answer = (message["content"] for message in sample.messages[-2:])
+        things = [" ".join(reversed(words[: -len(place.split())])) for words, place in zip(
+            sample.seen, PLACES, strict=True)]  # fmt: skip
+        found = dict(zip(PLACES, things, strict=True))
+        if question == "Describe the picture.":
+            told = [f"{place}: {thing}" for place, thing in found.items()]
+            assert answer == f"I see: {', '.join(told)}."
+        elif question == "List all things.":
+            told = [f"{thing}: {place}" for place, thing in found.items() if thing != "nothing"]
+            assert answer == f"There are: {', '.join(told)}."
+        kinds.add(question)
+    assert {"Describe the picture.", "List all things."} < kinds
+
+
+def test_every_stage_has_its_mixture():
+    begins = [step for step, _ in lessons.STAGES]
+    assert begins == sorted({0, *begins})
+    for step, mixture in lessons.STAGES:
+        assert lessons.mixture_at(step) == mixture
+        assert step == 0 or lessons.mixture_at(step - 1) != mixture
+    assert set(lessons.STAGES[-1][1]) == set(lessons.LESSONS)
+    assert lessons.mixture_at(0, ["sums", "tools"]) == {"sums": 0.07, "tools": 0.12}
+    with pytest.raises(ValueError, match=r"lessons \['summs'\] are unknown; there are pictures"):
+        lessons.mixture_at(0, ["summs"])
 
 
 @pytest.mark.parametrize("held_out", [False, True])

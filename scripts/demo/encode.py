@@ -85,7 +85,7 @@ class Encoder:
         visual = prompt.feature_rows(0, len(tokens))
         (places,) = np.nonzero(visual >= 0)
         named = tuple(
-            (int(place), self.tokenizer.encode(f" {word}")[0])
+            (int(place), self.tokenizer.encode(f" {word}")[-1])
             for place, words in zip(places, sample.seen, strict=True)
             for word in words
         )

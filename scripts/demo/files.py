@@ -25,12 +25,12 @@ _TEXT: dict[str, Any] = {
     "max_position_embeddings": 1024,
     "mlp_only_layers": [],
     "model_type": "qwen3_vl_moe_text",
-    "moe_intermediate_size": 96,  # not the width: files of two layouts are told apart by shape
+    "moe_intermediate_size": 72,  # not the width: files of two layouts are told apart by shape
     "norm_topk_prob": True,
     "num_attention_heads": WIDTH // HEAD,
     "num_experts": 8,
     "num_experts_per_tok": 2,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 6,
     "num_key_value_heads": WIDTH // HEAD // 2,
     "rms_norm_eps": 1e-06,
     "rope_scaling": {

@@ -1,13 +1,21 @@
-"""The curriculum: every lesson, and which share of the samples it is. Knows names and numbers."""
+"""The curriculum: every lesson, and which share of the samples it is when.
+
+Knows names and numbers. To look up what is at a place is learned first; to look up where a thing
+is takes many more questions, which come when the first is known, and once more while the learning
+rate falls. Between them code takes the time that pictures leave. At the end pictures have few
+colours: a thing is found by its colour long before it is found by its shape, too.
+"""
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from demo import chats, code, pictures, tools, videos
 from demo.sample import Sample
 
 LESSONS: Mapping[str, Callable[[random.Random], Sample]] = {
     "pictures": pictures.lesson,
+    "places": pictures.places_lesson,
+    "alike": pictures.alike_lesson,
     "videos": videos.lesson,
     "tools": tools.lesson,
     "gaps": code.gap,
@@ -18,26 +26,39 @@ LESSONS: Mapping[str, Callable[[random.Random], Sample]] = {
     "greetings": chats.greetings,
 }
 MIXTURE: Mapping[str, float] = {
-    "pictures": 0.40,
+    "pictures": 0.38,
     "videos": 0.08,
     "tools": 0.12,
-    "gaps": 0.12,
+    "gaps": 0.16,
     "reading": 0.06,
-    "sums": 0.08,
-    "facts": 0.07,
+    "sums": 0.07,
+    "facts": 0.06,
     "forms": 0.06,
     "greetings": 0.01,
 }
+_PLACES: Mapping[str, float] = {
+    **MIXTURE,
+    "pictures": 0.20,
+    "places": 0.20,
+    "gaps": 0.15,
+    "reading": 0.05,
+    "forms": 0.07,
+}
+_GAPS: Mapping[str, float] = {**_PLACES, "pictures": 0.15, "places": 0.15, "gaps": 0.30}
+_LAST: Mapping[str, float] = {**_GAPS, "pictures": 0.12, "places": 0.40, "gaps": 0.20}
+_ALIKE: Mapping[str, float] = {**_LAST, "places": 0.10, "alike": 0.30}
+# (step, its mixture and that of those after it)
+STAGES = ((0, MIXTURE), (4800, _PLACES), (7700, _GAPS), (11500, _LAST), (13192, _ALIKE))
 
 
 def sample(rng: random.Random, mixture: Mapping[str, float] = MIXTURE) -> Sample:
-    """One sample of the mixture."""
+    """One sample of a mixture."""
     (name,) = rng.choices(list(mixture), list(mixture.values()))
     return LESSONS[name](rng)
 
 
-def only(*names: str) -> dict[str, float]:
-    """The mixture of some lessons, in their usual proportions.
+def mixture_at(step: int, names: Collection[str] = ()) -> dict[str, float]:
+    """The weights of lessons at a step, or those that some lessons have at last.
 
     Raises:
         ValueError: there is no lesson of a name.
@@ -45,4 +66,6 @@ def only(*names: str) -> dict[str, float]:
     unknown = sorted(set(names) - set(LESSONS))
     if unknown:
         raise ValueError(f"lessons {unknown} are unknown; there are {', '.join(LESSONS)}")
-    return {name: MIXTURE[name] for name in names}
+    if names:
+        return {name: STAGES[-1][1][name] for name in names}
+    return dict([mixture for first, mixture in STAGES if first <= step][-1])

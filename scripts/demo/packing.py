@@ -19,7 +19,7 @@ from qwen_jax.prompt.patches import coordinates, interpolation
 from qwen_jax.weights.config import ModelConfig
 
 NAMED_WEIGHT = 0.3  # of a word for what a picture's token shows, beside 1 for a token of an answer
-MISFITS = 4  # samples that find no room before a batch counts as full
+MISFITS = 8  # samples that find no room before a batch counts as full
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Shape:
     @classmethod
     def of(cls, lines: int) -> "Shape":
         """Room in the proportions of the mixture."""
-        return cls(lines, lines * 10, lines * TEXT_LINE // 2, lines * 7 // 4)
+        return cls(lines, lines * 10, lines * TEXT_LINE * 5 // 8, lines * 5 // 4)
 
 
 @struct.dataclass

@@ -6,6 +6,7 @@ that nobody answers who does not know where things are.
 """
 
 import random
+from collections.abc import Sequence
 
 from demo import cells
 from demo.sample import Chat, assistant, user
@@ -16,6 +17,7 @@ Layout = dict[int, cells.Thing]
 KINDS = ("colour", "shape", "place", "count", "digit")
 TURNS = (3, 6)  # questions about one picture, least and most
 _DIGIT_SHARE = 0.3
+_TOLD_SHARE = 0.6  # of lessons that end with all there is: many things to look up at once
 
 
 def lesson(rng: random.Random) -> Chat:
@@ -23,7 +25,27 @@ def lesson(rng: random.Random) -> Chat:
     layout = _layout(rng)
     kinds = [rng.choice(KINDS) for _ in range(rng.randint(*TURNS))]
     turns = [turn for kind in kinds if (turn := _question(rng, layout, kind))]
+    if rng.random() < _TOLD_SHARE:
+        turns.append(
+            rng.choice((_by_place, _by_thing))(layout)
+        )  # the last, so that no answer can be read off it
     return _chat(rng, layout, turns or [_nothing(rng, layout)])
+
+
+def places_lesson(rng: random.Random) -> Chat:
+    """A picture, and where its things are."""
+    return _where(rng, _layout(rng))
+
+
+def _where(rng: random.Random, layout: Layout) -> Chat:
+    found = [_question(rng, layout, "place") for _ in range(rng.randint(*TURNS))]
+    turns = list(dict.fromkeys(turn for turn in found if turn))
+    return _chat(rng, layout, [*turns, _by_thing(layout)])
+
+
+def alike_lesson(rng: random.Random) -> Chat:
+    """A picture of one to three colours, so that a thing is not found by its colour alone."""
+    return _where(rng, _layout(rng, rng.sample(list(COLOURS), rng.randint(1, 3))))
 
 
 def examination(rng: random.Random, kind: str) -> Chat:
@@ -31,23 +53,27 @@ def examination(rng: random.Random, kind: str) -> Chat:
     while True:
         layout = _layout(rng)
         place = rng.choice(list(layout))
-        layout[place] = _thing(rng, place, held_out=kind != "count", digit=kind == "digit")
+        layout[place] = _thing(
+            rng, place, tuple(COLOURS), held_out=kind != "count", digit=kind == "digit"
+        )
         turn = _question(rng, layout, kind, None if kind == "count" else place)
         if turn:
             return _chat(rng, layout, [turn])
 
 
-def _layout(rng: random.Random) -> Layout:
+def _layout(rng: random.Random, colours: Sequence[str] = tuple(COLOURS)) -> Layout:
     places = sorted(rng.sample(range(len(PLACES)), rng.randint(2, 7)))
     return {
-        place: _thing(rng, place, held_out=False, digit=rng.random() < _DIGIT_SHARE)
+        place: _thing(rng, place, colours, held_out=False, digit=rng.random() < _DIGIT_SHARE)
         for place in places
     }
 
 
-def _thing(rng: random.Random, place: int, *, held_out: bool, digit: bool) -> cells.Thing:
+def _thing(
+    rng: random.Random, place: int, colours: Sequence[str], *, held_out: bool, digit: bool
+) -> cells.Thing:
     while True:
-        thing = rng.choice(DIGITS if digit else SHAPES), rng.choice(list(COLOURS))
+        thing = rng.choice(DIGITS if digit else SHAPES), rng.choice(colours)
         if is_held_out(*thing, place) == held_out:
             return thing
 
@@ -96,6 +122,17 @@ def _question(
 def _nothing(rng: random.Random, layout: Layout) -> tuple[str, str]:
     place = rng.choice([p for p in range(len(PLACES)) if p not in layout])
     return f"What is at the {PLACES[place]}?", "Nothing."
+
+
+def _by_place(layout: Layout) -> tuple[str, str]:
+    things = [" ".join(reversed(layout.get(i, ("nothing",)))) for i in range(len(PLACES))]
+    told = [f"{place}: {thing}" for place, thing in zip(PLACES, things, strict=True)]
+    return "Describe the picture.", f"I see: {', '.join(told)}."
+
+
+def _by_thing(layout: Layout) -> tuple[str, str]:
+    told = [f"{colour} {what}: {PLACES[i]}" for i, (what, colour) in sorted(layout.items())]
+    return "List all things.", f"There are: {', '.join(told)}."
 
 
 def _count(rng: random.Random, layout: Layout) -> tuple[str, str]:

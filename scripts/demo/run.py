@@ -8,7 +8,7 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -41,7 +41,7 @@ class Run:
     encoder: Encoder
     state: training.State
     schedule: Schedule
-    mixture: Mapping[str, float]
+    only: tuple[str, ...] = ()  # lessons; none: all
     seconds: float = 0.0
 
     @property
@@ -56,7 +56,7 @@ def begin(
     seed: int,
     lines: int,
     schedule: Schedule,
-    mixture: Mapping[str, float] = lessons.MIXTURE,
+    only: tuple[str, ...] = (),
 ) -> Run:
     """Trains the tokenizer, writes everything but weights, and draws random ones.
 
@@ -67,14 +67,14 @@ def begin(
         raise ValueError(f"{out} holds a run already: resume it, or choose another directory")
     files.write(tokenizer.train(seed), out)
     (out / "training").mkdir(exist_ok=True)
-    return _ready(out, seed, packing.Shape.of(lines), schedule, mixture)
+    return _ready(out, seed, packing.Shape.of(lines), schedule, only)
 
 
 def resume(out: pathlib.Path) -> Run:
     """The run in ``out`` as it was last saved."""
     saved = json.loads((out / "training" / "run.json").read_text())
     shape, schedule = packing.Shape(**saved["shape"]), Schedule(**saved["schedule"])
-    run = _ready(out, saved["seed"], shape, schedule, saved["mixture"])
+    run = _ready(out, saved["seed"], shape, schedule, tuple(saved["only"]))
     held = SafetensorsFile(out / "training" / f"state-{saved['step']}.safetensors")
     leaves, tree = jax.tree.flatten_with_path(run.state)
     loaded = [jnp.asarray(held.tensor(jax.tree_util.keystr(path))) for path, _ in leaves]
@@ -82,12 +82,12 @@ def resume(out: pathlib.Path) -> Run:
     return run
 
 
-def _ready(out: pathlib.Path, seed: int, shape, schedule, mixture) -> Run:
+def _ready(out: pathlib.Path, seed: int, shape, schedule, only) -> Run:
     config = from_hf(json.loads((out / "config.json").read_text()))
     machine = training.runtime()
     state = training.start(config, machine, seed)
     encoder = Encoder(out, config)
-    return Run(out, seed, shape, config, machine, encoder, state, schedule, mixture)
+    return Run(out, seed, shape, config, machine, encoder, state, schedule, only)
 
 
 def save(run: Run) -> None:
@@ -102,7 +102,7 @@ def save(run: Run) -> None:
         "seconds": run.seconds,
         "shape": dataclasses.asdict(run.shape),
         "schedule": dataclasses.asdict(run.schedule),
-        "mixture": dict(run.mixture),
+        "only": run.only,
     }
     beside = directory / "run.json.part"
     beside.write_text(json.dumps(saved, indent=2) + "\n")
@@ -119,7 +119,8 @@ def batches(run: Run) -> Iterator[packing.Batch]:
     with ThreadPoolExecutor(1) as pool:
 
         def make(step: int) -> Any:
-            given = {"seed": run.seed, "step": step, "mixture": run.mixture}
+            mixture = lessons.mixture_at(step, run.only)
+            given = {"seed": run.seed, "step": step, "mixture": mixture}
             return pool.submit(packing.make, run.encoder, run.shape, **given)
 
         step = run.step

@@ -15,12 +15,14 @@ import math
 
 WARM = 300
 CONSTANT = 0.65  # of the run, at the peak
+AGAIN = 0.4  # of the peak, where a run that was over goes on
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """Attributes:
     minutes: of training, when steps do not decide.
+    height: of the rate, where it begins to fall.
     falls, ends: steps at which the rate begins to fall, and at which the run ends; None: not
         known yet.
     """
@@ -28,6 +30,7 @@ class Schedule:
     minutes: float
     falls: int | None = None
     ends: int | None = None
+    height: float = 1.0
 
     @classmethod
     def of_steps(cls, steps: int) -> "Schedule":
@@ -54,13 +57,23 @@ class Schedule:
             raise ValueError(f"the run ends at step {self.ends}: resume it without minutes")
         return dataclasses.replace(self, minutes=seconds / 60 + minutes)
 
+    def again(self, steps: int) -> "Schedule":
+        """The schedule of a run that is over and goes on for ``steps``, from a lower rate.
+
+        Raises:
+            ValueError: it is not over.
+        """
+        if self.ends is None:
+            raise ValueError("the run is not over: resume it without --again first")
+        return Schedule(self.minutes, self.ends, self.ends + steps, AGAIN)
+
     def rate(self, step: int) -> float:
         """Of the peak, at a step counted from 0."""
         warm = min(1.0, (step + 1) / WARM)
         if self.falls is None or self.ends is None or step < self.falls:
             return warm
         share = (step - self.falls) / (self.ends - self.falls)
-        return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+        return self.height * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
 
     def is_over(self, step: int) -> bool:
         """Whether ``step`` steps are all."""

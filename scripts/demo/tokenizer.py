@@ -74,7 +74,7 @@ def _texts(seed: int) -> Iterator[str]:
 
 
 # Pictures cost time to draw, and their words come with videos' and everybody else's.
-_READABLE = {**lessons.MIXTURE, "pictures": 0.02, "videos": 0.02}
+_READABLE = {**lessons.MIXTURE, "pictures": 0.06, "videos": 0.02}
 
 
 def _strings(sample: Sample) -> Iterator[str]:
