@@ -1,7 +1,7 @@
 """Qwen3 and Qwen3-VL, dense and mixture-of-experts, as pure JAX functions.
 
     import qwen_jax as qj
-    llm = qj.LLM("Qwen/Qwen3-0.6B")                      text in, text out
+    llm = qj.LLM("Qwen/Qwen3-0.6B")                      text in, text out; qj.DEMO needs no download
     config, params, tokenizer = qj.load("Qwen/Qwen3-0.6B")   plain pytrees
     state = qj.generate(params, config, tokens, …)       one jitted program
     experts = qj.routing(params, config, tokens)         where each token goes in each layer
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwen_jax.batch.run import run_batch
+    from qwen_jax.demo import DEMO
     from qwen_jax.functional import generate, load, routing
     from qwen_jax.llm import LLM
     from qwen_jax.requests import SamplingParams
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from qwen_jax.sharding import Rules
 
 _HOME = {
+    "DEMO": "demo",
     "LLM": "llm",
     "StreamEvent": "results",
     "load": "functional",
@@ -44,6 +46,7 @@ _HOME = {
 }
 
 __all__ = [
+    "DEMO",
     "LLM",
     "CompletionOutput",
     "Logprob",

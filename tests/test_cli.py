@@ -113,7 +113,7 @@ def test_a_closed_pipe_ends_quietly():
         (["generate", "--max-tokens", "many"], "argument --max-tokens: invalid int value: 'many'"),
         (["generate", "--prompt", "x", "--max-tokens", "0"], "max_tokens=0 is not in 1"),
         (["generate", "--model", "m"], "--prompt is missing"),
-        (["generate", "--prompt", "x"], "--model with a directory or a hub id, for example"),
+        (["bench"], "--model with a directory or a hub id, for example"),
         (["generate", "--logit-bias", "5"], "'5' is not ID=NUMBER"),
         (["generate", "--stop-token-ids", "1,b"], "'1,b' is not a list of integers"),
         (["bench", "--override", "layers"], "'layers' is not KEY=VALUE"),
@@ -153,7 +153,7 @@ def test_a_repository_needs_the_path_in_it(capsys, tmp_path):
 
 
 def test_debug_shows_where_an_error_comes_from(capsys):
-    assert cli.main(["generate", "--prompt", "x", "--debug"]) == 2
+    assert cli.main(["convert", "--out", "x", "--debug"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("Traceback")
     assert said.splitlines()[-1].startswith("qwen-jax: error: a model is needed")

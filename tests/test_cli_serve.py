@@ -57,7 +57,6 @@ def test_a_key_may_come_from_the_environment(monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "a model is needed"),
         (["--model", "M", "--allowed-local-media-path", "/nowhere"], "is no directory"),
         (["--model", "M", "--max-requests", "0"], "max_requests=0 is not positive"),
         (["--model", "M", "--port", "99999"], "not in 0 .. 65535"),

@@ -62,6 +62,7 @@ pallas_kernels.segment_attention
 pallas_kernels.segment_attention.cases
 pallas_kernels
 
+qwen_jax.demo
 qwen_jax.dims
 qwen_jax.sharding
 qwen_jax.expert_dispatch

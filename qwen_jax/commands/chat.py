@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen_jax.commands import options, processes
+from qwen_jax.demo import DEMO
 
 EXAMPLE = 'qwen-jax chat --model Qwen/Qwen3-0.6B --system "Answer in one sentence."'
 
@@ -38,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="with --prompt: one JSON object on stdout, at the end"
     )
-    options.add_model(parser)
+    options.add_model(parser, default=DEMO)
     options.add_sampling(parser)
     options.add_runtime(parser)
     options.add_debug(parser)

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 
 from qwen_jax.commands import options
+from qwen_jax.demo import DEMO
 
 EXAMPLE = (
     "qwen-jax fill --model Qwen/Qwen3-Coder-30B-A3B-Instruct --file code.py   (with a <FILL> mark)"
@@ -24,7 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="ask in a user turn (default: where there is a chat template)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, at the end")
-    options.add_model(parser)
+    options.add_model(parser, default=DEMO)
     options.add_sampling(parser)
     options.add_runtime(parser)
     options.add_debug(parser)

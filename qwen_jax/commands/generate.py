@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 
 from qwen_jax.commands import options
+from qwen_jax.demo import DEMO
 
 EXAMPLE = 'qwen-jax generate --model Qwen/Qwen3-0.6B --prompt "def quicksort(" --max-tokens 100'
 
@@ -19,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="one JSON object per result on stdout, at the end"
     )
-    options.add_model(parser)
+    options.add_model(parser, default=DEMO)
     options.add_sampling(parser)
     options.add_runtime(parser)
     options.add_debug(parser)

@@ -39,14 +39,15 @@ NO_MODEL = (
 )
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Which checkpoint."""
+def add_model(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    """Which checkpoint; ``default``: where none is given."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
         metavar="M",
+        default=default,
         help="directory (Hugging Face or converted), hub id[@revision], gs://…, or with "
-        "--load-format dummy a preset's name",
+        "--load-format dummy a preset's name" + (" (default: the demo)" if default else ""),
     )
     group.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     group.add_argument("--cache-dir", metavar="DIR", help="of downloads (default: the hub's own)")

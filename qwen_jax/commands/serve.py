@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from qwen_jax.commands import media, options, processes
+from qwen_jax.demo import DEMO, NAME
 
 if TYPE_CHECKING:
     from qwen_jax.server.settings import Settings
@@ -61,7 +62,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     media.add_media(parser)
     _add_limits(parser)
-    options.add_model(parser)
+    options.add_model(parser, default=DEMO)
     options.add_seed(parser)
     options.add_runtime(parser)
     options.add_debug(parser)
@@ -200,7 +201,7 @@ def _settings(args: argparse.Namespace, model: str) -> "Settings":
         ) from None
     keys = args.api_key or [key for key in [os.environ.get("QWEN_JAX_API_KEY")] if key]
     return Settings(
-        model_names=tuple(args.served_model_name or [model]),
+        model_names=tuple(args.served_model_name or [NAME if model == DEMO else model]),
         api_keys=tuple(keys),
         media_hosts=tuple(args.allowed_media_domains),
         media_folder=media.folder(args),

@@ -11,6 +11,7 @@ import resource
 import sys
 from typing import TYPE_CHECKING, Any
 
+from qwen_jax import demo
 from qwen_jax.commands.options import llm_options
 from qwen_jax.commands.output import size
 
@@ -34,6 +35,8 @@ def open_llm(args: argparse.Namespace) -> "LLM":
     """The model that the options ask for, loaded; the plan and the progress go to stderr."""
     options = llm_options(args)
     prepare(args)
+    if args.model == demo.DEMO:
+        say(args, demo.NOTE)
     from qwen_jax.llm import LLM
 
     with Bar("load", quiet=args.quiet) as bar:
