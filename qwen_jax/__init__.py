@@ -1,7 +1,7 @@
 """Qwen3 and Qwen3-VL, dense and mixture-of-experts, as pure JAX functions.
 
     import qwen_jax as qj
-    llm = qj.LLM("Qwen/Qwen3-0.6B")                      text in, text out; qj.DEMO needs no download
+    llm = qj.LLM("Qwen/Qwen3-0.6B")                      text in, text out (qj.DEMO: no download)
     config, params, tokenizer = qj.load("Qwen/Qwen3-0.6B")   plain pytrees
     state = qj.generate(params, config, tokens, …)       one jitted program
     experts = qj.routing(params, config, tokens)         where each token goes in each layer

@@ -58,7 +58,7 @@ def test_help_and_wrong_options_answer_without_jax(tmp_path):
     wrong = [
         ["generate", "--prompt", "x", "--temprature", "1"],
         ["generate", "--prompt", "x", "--top-p", "1.5"],
-        ["generate", "--prompt", "x"],
+        ["batch", "-i", "x", "-o", "y"],
         ["chat", "--dtype", "float64"],
         ["fill", "--model", "m"],
         ["convert", "--model", "m"],

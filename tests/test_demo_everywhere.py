@@ -21,7 +21,8 @@ from qwen_jax import cli
 from qwen_jax.weights import checkpoint
 
 QUESTION = "What is at the top left?"
-PREFIX, SUFFIX = "def read(path):\n    with open(", ") as file:\n        return file.read()\n"
+PREFIX = "import os\n\n\ndef read(path):\n    with open("
+SUFFIX = ") as file:\n        return file.read()\n"
 ANSWER = "A green ring."
 
 
