@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pathlib
+from collections.abc import Collection
 from typing import Any, BinaryIO
 
 
@@ -21,6 +22,27 @@ def save(path: pathlib.Path, data: bytes) -> None:
 def save_json(path: pathlib.Path, value: Any) -> None:
     """`save` of JSON."""
     save(path, json.dumps(value).encode())
+
+
+def load_json(path: pathlib.Path, fields: Collection[str], remedy: str) -> dict[str, Any]:
+    """An object that `save_json` wrote.
+
+    Args:
+        path: the file.
+        fields: that every such object has.
+        remedy: what to do about a file that is damaged, for the error.
+
+    Raises:
+        ValueError: the file is damaged, which no crash of ours can do.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): {remedy}") from None
+    lacking = sorted(set(fields) - found.keys()) if isinstance(found, dict) else ["an object"]
+    if lacking:
+        raise ValueError(f"{path} is damaged (it lacks {', '.join(lacking)}): {remedy}")
+    return found
 
 
 def sync_folder(folder: pathlib.Path) -> None:

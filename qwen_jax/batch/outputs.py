@@ -133,10 +133,12 @@ class Outputs:
     def _read_manifest(self) -> dict[str, Any] | None:
         if not self.manifest.exists():
             return None
-        try:
-            return json.loads(self.manifest.read_bytes())
-        except ValueError:
-            raise ValueError(f"{self.manifest} is no manifest of a batch") from None
+        return durable.load_json(
+            self.manifest,
+            ("created", "shard", "input"),
+            f"put it back as it was, or choose another output; the answers in {self.output} are "
+            "left as they are",
+        )
 
 
 def _check_same(path: pathlib.Path, known: Mapping[str, Any], about: Mapping[str, Any]) -> None:

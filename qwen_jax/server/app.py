@@ -33,10 +33,18 @@ def make_app(llm: Any, settings: Settings) -> tuple[Service, ASGIApp]:
     """A server for a model, whose engine runs already.
 
     Raises:
-        ValueError: the directory for files and batches is in use.
+        ValueError: the directory for files and batches is in use, or a file in it is damaged.
     """
     service = Service(llm, settings)
-    worker = None
+    with contextlib.ExitStack() as unless_made:
+        unless_made.callback(service.shut)
+        app = _make_app(service)
+        unless_made.pop_all()
+    return service, app
+
+
+def _make_app(service: Service) -> ASGIApp:
+    settings, worker = service.settings, None
     app = FastAPI(
         title="qwen-jax",
         version=package_version(),
@@ -54,13 +62,12 @@ def make_app(llm: Any, settings: Settings) -> tuple[Service, ASGIApp]:
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _fault)
-    guarded = Guard(
+    return Guard(
         app,
         api_keys=settings.api_keys,
         draining=lambda: service.draining,
         answered=service.metrics.answered,
     )
-    return service, guarded
 
 
 def _worker(service: Service, files: FileStore, batches: BatchStore) -> BatchWorker:

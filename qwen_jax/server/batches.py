@@ -6,7 +6,6 @@ file that are only appended to.
 """
 
 import dataclasses
-import json
 import pathlib
 import re
 import time
@@ -42,7 +41,12 @@ class BatchStore:
         self._folder = folder
         self._known: dict[str, dict[str, Any]] = {}
         for path in sorted(folder.glob("batch_*.json")):
-            self._known[path.stem] = json.loads(path.read_bytes())
+            self._known[path.stem] = durable.load_json(
+                path,
+                ("id", "status", "input_file_id", "created_at", "request_counts"),
+                f"put it back as it was, or move it away: there is no such batch then, and its "
+                f"answers stay in {path.stem}.output and .errors",
+            )
 
     def create(
         self, *, input_file_id: str, endpoint: str, window: str, seconds: int, metadata: Any

@@ -4,7 +4,6 @@ Knows OpenAI's file objects and the disk; knows no HTTP. A file exists when its 
 that is written last, and removed first.
 """
 
-import json
 import os
 import pathlib
 import re
@@ -33,7 +32,12 @@ class FileStore:
         self._lock = threading.Lock()
         self._known: dict[str, dict[str, Any]] = {}
         for path in sorted(folder.glob("file-*.json")):
-            self._known[path.stem] = json.loads(path.read_bytes())
+            self._known[path.stem] = durable.load_json(
+                path,
+                ("id", "bytes", "created_at", "filename", "purpose"),
+                f"put it back as it was, or move it away together with {path.stem}, which holds "
+                "the content: there is no such file then",
+            )
         for path in folder.iterdir():
             if path.suffix != ".json" and path.name not in self._known:
                 path.unlink()  # its upload was cut off
