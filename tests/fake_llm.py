@@ -53,7 +53,7 @@ class FakeEngine:
         self.max_rows = 4
         self.fails, self.most = fails, most
         self.jobs = []
-        self.closed = self.warm = False
+        self.closed = self.warm = self.shared = False
 
     def warmup(self, progress):
         progress(1, 1)

@@ -1,17 +1,14 @@
-"""What processes of a job agree on, and when one of them counts as lost; no process is started.
-
-The coordination service is a dictionary here, and each process of the job a thread or a turn in it.
-"""
+"""What processes of a job agree on, and when one of them counts as lost; no process is started."""
 
 import contextlib
 import os
-import threading
 from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 import tiny_llm
+from coordination import as_process, make_turns, share, two_processes
 
 from qwen_jax import cli, distributed, watch
 from qwen_jax import sharding as sharding_lib
@@ -21,45 +18,10 @@ from qwen_jax.engine.events import EngineClosed
 from qwen_jax.requests import SamplingParams
 
 
-class Service:
-    """The coordination service as a dictionary that waits for what is not there yet."""
-
-    def __init__(self):
-        self.values, self._came = {}, threading.Condition()
-
-    def key_value_set(self, key, value, allow_overwrite=False):
-        with self._came:
-            assert allow_overwrite or key not in self.values, f"{key} is there already"
-            self.values[key] = value
-            self._came.notify_all()
-
-    def blocking_key_value_get(self, key, timeout_ms):
-        with self._came:
-            if not self._came.wait_for(lambda: key in self.values, min(timeout_ms / 1000, 5)):
-                raise jax.errors.JaxRuntimeError(f"DEADLINE_EXCEEDED: {key}")
-            return self.values[key]
-
-    def key_value_dir_get(self, key):
-        return [(k, v) for k, v in self.values.items() if k.startswith(key)]
-
-    def key_value_delete(self, key):
-        self.values = {k: v for k, v in self.values.items() if not k.startswith(f"{key}/")}
-
-
 @pytest.fixture
 def service():
-    """A job of two processes; `as_process` says which one the test is."""
-    service = Service()
-    with (
-        mock.patch.object(distributed, "count", return_value=2),
-        mock.patch.object(distributed, "client", return_value=service),
-    ):
+    with two_processes() as service:
         yield service
-
-
-def as_process(index):
-    """Inside it the code is that of process ``index``, with its own count of names used."""
-    return mock.patch.multiple(distributed, index=lambda: index, _uses={})
 
 
 # ---- agreeing ------------------------------------------------------------------------------------
@@ -132,11 +94,6 @@ def test_replicate_puts_a_host_array_on_every_device():
 # ---- turns of an engine --------------------------------------------------------------------------
 
 
-def make_turns():
-    with mock.patch.object(turns, "_engines", iter([0])):
-        return turns.Turns()
-
-
 def test_the_others_hear_what_the_first_decides(service):
     with as_process(0):
         first, second = make_turns(), make_turns()
@@ -163,8 +120,7 @@ def run_as(index, prompts):
     with mock.patch.object(distributed, "count", return_value=1):
         llm = tiny_llm.open_llm()
     with as_process(index), contextlib.closing(llm.engine):
-        driver = llm.engine._driver
-        driver._turns = make_turns()
+        share(llm.engine)
         results = [llm.generate(prompt, PARAMS, use_tqdm=False)[0] for prompt in prompts]
         return [r.outputs[0].token_ids for r in results], llm.engine._core
 
@@ -255,26 +211,6 @@ def test_a_step_of_several_processes_is_evident(environment, expected):
 def test_half_of_the_options_is_an_error(capsys):
     assert cli.main(["info", "--model=Qwen3-0.6B", "--num-processes=2"]) == 2
     assert "--coordinator, --num-processes and --process-id go together" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        (["serve", "--model=x"], "serve works in one process only: serve on one host"),
-        (["batch", "--model=x"], "batch works in one process only: give each process lines"),
-        (["chat", "--model=x"], "a conversation works in one process only: ask with --prompt"),
-    ],
-)
-def test_what_needs_one_process_says_so(monkeypatch, capsys, command, message):
-    watching = mock.Mock()
-    ended = mock.Mock(side_effect=SystemExit)
-    monkeypatch.setattr(processes, "_watch", watching)
-    monkeypatch.setattr(os, "_exit", ended)
-    with pytest.raises(SystemExit):
-        cli.main(command)
-    assert message in capsys.readouterr().err
-    assert message in watching.failed.call_args[0][0]
-    ended.assert_called_once_with(2)
 
 
 def test_the_others_write_nothing(monkeypatch, capsys):

@@ -172,6 +172,7 @@ qwen_jax.engine.events
 qwen_jax.engine.row
 qwen_jax.engine.faults
 qwen_jax.engine.request
+qwen_jax.engine.wire
 qwen_jax.engine.scheduler
 qwen_jax.engine.step_clock
 qwen_jax.engine.programs
@@ -184,7 +185,9 @@ qwen_jax.engine.warmup
 qwen_jax.engine.core
 qwen_jax.engine.turns
 qwen_jax.engine.driver
+qwen_jax.engine.lead
 qwen_jax.engine.engine
+qwen_jax.engine.led
 qwen_jax.engine.offline
 
 qwen_jax.planner

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import hashlib
+import json
 import os
 import pathlib
 import signal
@@ -18,6 +20,7 @@ from qwen_jax.batch.job import Job, MakeAnswer
 from qwen_jax.batch.outputs import Outputs
 from qwen_jax.batch.progress import Meter, Summary
 from qwen_jax.batch.shard import Shard
+from qwen_jax.engine.led import led
 from qwen_jax.openai.answerer import Answerer
 from qwen_jax.openai.batch_lines import Answer
 from qwen_jax.openai.fetch import Fetcher
@@ -63,8 +66,8 @@ def run_batch(
     """Answers the lines of OpenAI batch files; an answer that is written is never made again.
 
     Args:
-        llm: an `LLM`. Where it lies on the devices of one of several processes, each process does
-            a part of the shard.
+        llm: an `LLM`. Of several processes that each have one, each does a part of the shard. If
+            they have one together all call this: process 0 reads and writes, all get the result.
         inputs: paths of .jsonl, .jsonl.gz and .parquet files, directories of them, or patterns. A
             line holds ``custom_id``, ``method``, ``url`` and ``body``.
         output: the file for the answers; what is wrong with lines goes to one beside it. Of
@@ -94,9 +97,10 @@ def run_batch(
     part = _own_part(shard if isinstance(shard, Shard) else Shard.parse(shard), llm)
     paths = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     outputs = Outputs(pathlib.Path(output), None if errors is None else pathlib.Path(errors), part)
-    lines = Inputs(paths, but_not=(outputs.output, outputs.errors))
-    options = {**describe(llm), "model_names": list(names), "seed": seed}
-    with contextlib.closing(outputs):
+
+    def work() -> str:
+        lines = Inputs(paths, but_not=(outputs.output, outputs.errors))
+        options = {**describe(llm), "model_names": list(names), "seed": seed}
         batch = outputs.begin(lines, options, resume=resume)
         if retry_errors:
             outputs.forget_errors()
@@ -118,9 +122,13 @@ def run_batch(
         make_answer = functools.partial(_answering, llm, names, media or only_data_urls())
         with _Stops(job, grace, on_stop) as stops:
             _run(job, make_answer, lambda: progress and progress(meter.summary()))
-        if stops.came:
-            raise Interrupted(meter.summary())
-        return meter.summary()
+        return json.dumps([stops.came, dataclasses.asdict(meter.summary())])
+
+    with contextlib.closing(outputs):
+        stopped, counts = json.loads(led(llm.engine, llm.forms.compiled, work))
+    if stopped:
+        raise Interrupted(Summary(**counts))
+    return Summary(**counts)
 
 
 def describe(llm: Any) -> dict[str, Any]:
@@ -147,11 +155,8 @@ def _digest(text: str) -> str:
 
 def _own_part(shard: Shard, llm: Any) -> Shard:
     """Of several processes that each have a model, each does a part."""
-    if len({device.process_index for device in llm.runtime.mesh.devices.flat}) > 1:
-        raise ValueError(
-            "the model lies on the devices of several processes: give each process a model of its "
-            "own, or run one job for each shard"
-        )
+    if llm.engine.shared:
+        return shard
     return shard.split(jax.process_index(), jax.process_count())
 
 

@@ -10,6 +10,7 @@ from qwen_jax.commands import media, options, processes
 
 if TYPE_CHECKING:
     from qwen_jax.batch.progress import Summary
+    from qwen_jax.openai.media import MediaSource
 
 EXAMPLE = (
     "qwen-jax batch --model Qwen/Qwen3-0.6B -i in.jsonl -o out.jsonl --resume\n\n"
@@ -92,22 +93,28 @@ def _add_requests(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Loads the model and answers the lines; 1 where some have failed, 130 where it was stopped."""
-    processes.refuse("batch", "give each process lines and devices of its own, with --shard I/N")
     options.llm_options(args)
     _check_extra()
-    folder = media.folder(args)
-    _check(args)
+    _check_options(args)
+    source = None
+    if processes.is_first():  # no other need have the files
+        source = _media(args)
+        _check_files(args)
     from qwen_jax.commands import session
-    from qwen_jax.openai.fetch import Fetcher
-    from qwen_jax.openai.media import MediaSource
 
-    fetcher = Fetcher(args.allowed_media_domains, most=_MAX_MEDIA, timeout=_FETCH_TIMEOUT)
-    source = MediaSource(fetcher, folder, media.limits(args))
     llm = session.open_llm(args)
     with session.Compiling(args):
         status = work(args, llm, source)
     session.footer(args, llm.totals)
-    return status
+    return processes.end_together(status)
+
+
+def _media(args: argparse.Namespace) -> "MediaSource":
+    from qwen_jax.openai.fetch import Fetcher
+    from qwen_jax.openai.media import MediaSource
+
+    fetcher = Fetcher(args.allowed_media_domains, most=_MAX_MEDIA, timeout=_FETCH_TIMEOUT)
+    return MediaSource(fetcher, media.folder(args), media.limits(args))
 
 
 def _check_extra() -> None:
@@ -119,7 +126,7 @@ def _check_extra() -> None:
         ) from None
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check_options(args: argparse.Namespace) -> None:
     """What can be known before a large model is loaded."""
     if not args.input or not args.output:
         raise ValueError("batch: -i and -o are needed: batch --model M -i in.jsonl -o out.jsonl")
@@ -127,6 +134,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("batch: --retry-errors needs --resume")
     if args.in_flight is not None and args.in_flight < 1:
         raise ValueError(f"batch: --in-flight {args.in_flight} is not positive")
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """The same, of the files."""
     from qwen_jax.batch.files import find_files
     from qwen_jax.batch.outputs import Outputs
     from qwen_jax.batch.shard import Shard
@@ -137,7 +148,7 @@ def _check(args: argparse.Namespace) -> None:
     outputs.check(resume=args.resume)
 
 
-def work(args: argparse.Namespace, llm: Any, source: Any) -> int:
+def work(args: argparse.Namespace, llm: Any, source: "MediaSource | None") -> int:
     """Answers the lines with a model that is loaded; returns the exit status."""
     from qwen_jax.batch.run import Interrupted, run_batch
 

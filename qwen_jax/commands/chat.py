@@ -4,10 +4,14 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_jax.commands import options, processes
 from qwen_jax.demo import DEMO
+
+if TYPE_CHECKING:
+    from qwen_jax.commands.conversation import Conversation
+    from qwen_jax.llm import LLM
 
 EXAMPLE = 'qwen-jax chat --model Qwen/Qwen3-0.6B --system "Answer in one sentence."'
 
@@ -50,8 +54,6 @@ def run(args: argparse.Namespace) -> int:
     given = options.sampling_options(args)
     if args.prompt is None and (args.json or given.get("n", 1) > 1):
         raise ValueError("chat: --json and --n need --prompt: a conversation shows one text a turn")
-    if args.prompt is None:
-        processes.refuse("a conversation", "ask with --prompt")
     tools = _tools(args.tools)
     prompt = options.read_text("-") if args.prompt == "-" else args.prompt
     from qwen_jax.commands import completion, session
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         for path in getattr(args, kind):
             talk.attach(kind, path)
     if prompt is None:
-        return talk.loop()
+        return processes.end_together(_converse(llm, talk))
     if not args.json and params.n == 1:
         return talk.turn(prompt)
     messages = talk.asked(prompt)
@@ -81,6 +83,13 @@ def run(args: argparse.Namespace) -> int:
             use_tqdm=False,
         ),
     )
+
+
+def _converse(llm: "LLM", talk: "Conversation") -> int:
+    """Turns, which process 0 has with whoever is at its terminal."""
+    from qwen_jax.engine.led import led
+
+    return int(led(llm.engine, llm.forms.compiled, lambda: str(talk.loop())))
 
 
 def _tools(path: str | None) -> Sequence[Mapping[str, Any]] | None:

@@ -119,14 +119,22 @@ def only_first(work: Callable[[], None]) -> None:
     distributed.wait_for_all("work of the first")
 
 
-def refuse(what: str, instead: str) -> None:
-    """For what works in one process only.
+def is_first() -> bool:
+    """Whether this is process 0, or the only one."""
+    if _watch is None:
+        return True
+    from qwen_jax import distributed
 
-    Raises:
-        ValueError: there are several.
-    """
+    return distributed.index() == 0
+
+
+def end_together(status: int) -> int:
+    """For an exit status that every process has: it ends the job in good order, whatever it is."""
+    global _watch
     if _watch is not None:
-        raise ValueError(f"{what} works in one process only: {instead}")
+        _watch.done()
+        _watch = None
+    return status
 
 
 def _in_a_step(environment: "os._Environ[str]") -> bool:

@@ -86,16 +86,15 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Loads the model and serves it until ctrl-C or SIGTERM."""
-    processes.refuse(
-        "serve",
-        "serve on one host, with the devices there, or give each host qwen-jax batch --shard",
-    )
     wanted = options.llm_options(args)
-    settings = _settings(args, wanted["model"])
     from qwen_jax.commands import session
 
-    _check_address(args)
-    with bind(args) as address:
+    settings = address = None
+    with contextlib.ExitStack() as held:
+        if processes.is_first():
+            settings = _settings(args, wanted["model"])
+            _check_address(args)
+            address = held.enter_context(bind(args))
         llm = session.open_llm(args)
         serve(args, llm, settings, address)
     return 0
@@ -122,33 +121,54 @@ def bind(args: argparse.Namespace) -> socket.socket:
     return taken
 
 
-def serve(args: argparse.Namespace, llm: Any, settings: "Settings", address: socket.socket) -> None:
-    """Serves a model that is loaded, until a signal ends it."""
+def serve(
+    args: argparse.Namespace,
+    llm: Any,
+    settings: "Settings | None",
+    address: socket.socket | None,
+) -> None:
+    """Serves a model that is loaded, until a signal ends it.
+
+    settings, address: None in a process that only helps process 0.
+    """
+    from qwen_jax.engine.led import led
+
+    def work() -> str:
+        assert settings is not None
+        assert address is not None
+        _answer(args, llm, settings, address)
+        return ""
+
+    try:
+        if args.warmup:
+            _warm_up(args, llm)
+        led(llm.engine, llm.forms.compiled, work)
+    finally:
+        llm.engine.close()
+
+
+def _answer(
+    args: argparse.Namespace, llm: Any, settings: "Settings", address: socket.socket
+) -> None:
     import uvicorn
 
     from qwen_jax.commands import session
     from qwen_jax.server.app import Server, make_app
 
-    try:
-        if args.warmup:
-            _warm_up(args, llm)
-        service, app = make_app(llm, settings)
-        config = uvicorn.Config(
-            app,
-            host=args.host,
-            port=args.port,
-            log_level="warning" if args.quiet else "info",
-            access_log=args.access_log,
-            server_header=False,
-            timeout_graceful_shutdown=int(settings.send_timeout) + 1,
-        )
-        port = address.getsockname()[1]
-        where = f"http://{args.host}:{port}"
-        session.say(args, f"serving {settings.model_names[0]} on {where} (ctrl-C ends it)")
-        with _signals_end_it():
-            Server(config, service).run(sockets=[address])
-    finally:
-        llm.engine.close()
+    service, app = make_app(llm, settings)
+    config = uvicorn.Config(
+        app,
+        host=args.host,
+        port=args.port,
+        log_level="warning" if args.quiet else "info",
+        access_log=args.access_log,
+        server_header=False,
+        timeout_graceful_shutdown=int(settings.send_timeout) + 1,
+    )
+    where = f"http://{args.host}:{address.getsockname()[1]}"
+    session.say(args, f"serving {settings.model_names[0]} on {where} (ctrl-C ends it)")
+    with _signals_end_it():
+        Server(config, service).run(sockets=[address])
 
 
 def _warm_up(args: argparse.Namespace, llm: Any) -> None:

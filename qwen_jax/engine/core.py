@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from qwen_jax import sampling
-from qwen_jax.engine.events import Event, Failed
+from qwen_jax.engine.events import Failed
 from qwen_jax.engine.faults import DeviceError, StepFailed, on_device
 from qwen_jax.engine.outcome import add_prompt_logprobs, advance, got
 from qwen_jax.engine.pages import PagePool
@@ -41,8 +41,10 @@ class Core:
         max_rows: most rows at once.
         max_tokens: most tokens of a ragged step.
         max_pages: how many pages the cache may have.
+        shared: whether it is on the devices of several processes, which cannot recover alone.
 
     Attributes:
+        shared: see above.
         scheduler: what plans the steps.
         totals: what has been done.
         digest: over the tokens of all steps that have landed.
@@ -56,8 +58,10 @@ class Core:
         max_rows: int,
         max_tokens: int,
         max_pages: int,
+        shared: bool,
     ):
         self._runner, self._max_pages, self._max_rows = runner, max_pages, max_rows
+        self.shared = shared
         self._page_size = runner.runtime.page_size
         self._pool = PagePool(runner.num_pages, row_ways(runner.runtime))
         self.scheduler = Scheduler(
@@ -89,7 +93,7 @@ class Core:
         """Ends a request where it is; nothing if it is over."""
         if request in self._requests:
             self._drop(request)
-            self._send(request, request.finish())
+            request.sink(request.finish())
 
     def fail(self, request: Request, error: Exception, *, spoiled: bool = False) -> None:
         """Ends a request with an error; nothing if it is over.
@@ -98,7 +102,7 @@ class Core:
         """
         if request in self._requests:
             self._drop(request, spoiled=spoiled)
-            self._send(request, Failed(error))
+            request.sink(Failed(error))
 
     def fail_all(self, make: Callable[[str], Exception]) -> None:
         """Ends every request with an error made of its name."""
@@ -134,15 +138,6 @@ class Core:
                 row.sequence.end("abort")
                 self.scheduler.remove(row, spoiled=spoiled)
 
-    def _send(self, request: Request, event: Event) -> None:
-        try:
-            request.sink(event)
-        except Exception:
-            # Somebody else's code: its request ends here, the others go on.
-            log.exception("%s: its sink has failed; the request is dropped", request.name)
-            if request in self._requests:
-                self._drop(request)
-
     # ---- turns -----------------------------------------------------------------------------------
 
     def turn(self) -> None:
@@ -153,13 +148,16 @@ class Core:
     def _turn(self) -> None:
         step = None
         try:
-            self._revive()
+            if not self._flights and self._runner.lost:  # somebody else has taken the cache
+                self._start_anew()
             step = self.scheduler.plan(in_flight=bool(self._flights))
             if step is not None:
                 self._start(step)
             if self._flights and (step is None or len(self._flights) > 1):
                 self._land()
         except StepFailed as failure:
+            if self.shared:  # other processes, if they are still there, have gone on
+                raise DeviceError(f"the device has failed: {failure.__cause__!r}") from failure
             self._recover(failure, step)
 
     def _start(self, step: Step) -> None:
@@ -243,16 +241,14 @@ class Core:
             first = request.got_token()
             self.totals.count(row.sequence, before, first_of_request=first)
         if delta is not None:
-            self._send(request, delta)
-        if request not in self._requests:  # its sink has failed
-            return
+            request.sink(delta)
         if row.done:
             self.scheduler.remove(row)
         elif row.slot is not None and not row.on_device:
             on_device(self._runner.recount, row, rows=[row])  # forced tokens count too
         if request.done:
             del self._requests[request]
-            self._send(request, request.finish())
+            request.sink(request.finish())
 
     # ---- pages and errors ------------------------------------------------------------------------
 
@@ -282,11 +278,6 @@ class Core:
         if num_pages > self._pool.num_pages:
             on_device(self._runner.grow, num_pages)
             self._pool.grow(num_pages)
-
-    def _revive(self) -> None:
-        """Starts anew where something from outside has taken the cache."""
-        if not self._flights and self._runner.lost:
-            self._start_anew()
 
     def _recover(self, failure: StepFailed, step: Step | None) -> None:
         """Fails the requests in the steps on their way; the others are computed again."""

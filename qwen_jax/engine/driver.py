@@ -1,11 +1,14 @@
 """The thread that drives an engine, one at a time: calls from outside, and turns.
 
 Knows threads and locks; knows no request but as something that is not over. The thread ends when
-there has been nothing to do for a while, and the next call starts another.
+there has been nothing to do for a while, and the next call starts another. Of an engine that lies
+on the devices of several processes each has its own thread; they take the same calls at the same
+turns, which all processes make, or process 0 makes and the others hear of.
 """
 
 import atexit
 import collections
+import dataclasses
 import logging
 import threading
 import weakref
@@ -23,8 +26,19 @@ _LINGER = 2.0  # seconds that the thread waits for a call before it ends
 Call = Callable[[], None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Posted:
+    """A call that waits for its turn; ``told``: what the other processes hear of it, if they do."""
+
+    call: Call
+    told: bytes | None
+
+
 class Driver:
     """Runs a core. All methods may be called from any thread.
+
+    Args:
+        core: what runs.
 
     Attributes:
         lock: a condition, to be held for `check_open` and `post`.
@@ -32,9 +46,11 @@ class Driver:
 
     def __init__(self, core: Core):
         self._core = core
-        self._turns = Turns() if distributed.count() > 1 else None
+        self._turns = Turns() if core.shared else None
         self.lock = threading.Condition()
-        self._calls: collections.deque[Call] = collections.deque()
+        self._calls: collections.deque[Posted] = collections.deque()
+        self._make: Callable[[bytes], Call] | None = None  # of what process 0 tells
+        self._follows = False
         self._thread: threading.Thread | None = None
         self._draining = self._closed = False
         self._idle = True  # nothing to do, and nothing in hand
@@ -48,12 +64,43 @@ class Driver:
         if self._closed or self._draining:
             raise EngineClosed("the engine is closed: it takes no more requests")
 
-    def post(self, call: Call) -> None:
-        """Has the thread make a call between two turns; nothing if it has ended for good."""
+    def post(self, call: Call, told: bytes | None = None) -> None:
+        """Has the thread make a call between two turns; nothing if it has ended for good.
+
+        told: in process 0, what the others are told of it; None where they make it too.
+        """
         if self._closed:
             return
         self._idle = False
-        self._calls.append(call)
+        self._calls.append(Posted(call, told))
+        self._wake()
+
+    def rest(self) -> None:
+        """Returns when there is nothing to do."""
+        with self.lock:
+            self.lock.wait_for(lambda: self._idle or self._closed)
+
+    def follow(self, make: Callable[[bytes], Call]) -> None:
+        """Makes the calls that process 0 tells of, until one of them is `stop_following`.
+
+        Raises:
+            EngineClosed: the engine has stopped.
+        """
+        with self.lock:
+            self.check_open()
+            self._make, self._follows = make, True
+            self._wake()
+            self.lock.wait_for(lambda: self._closed or not self._follows)
+            if self._follows:
+                self.check_open()
+
+    def stop_following(self) -> None:
+        """Has `follow` return. What is still told is heard with the calls after it."""
+        with self.lock:
+            self._follows = False
+            self.lock.notify_all()
+
+    def _wake(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="qwen-jax engine", daemon=True)
             self._thread.start()
@@ -90,7 +137,7 @@ class Driver:
         """What to do before the next turn; None to end the thread."""
 
         def work() -> bool:
-            return bool(self._calls) or self._core.busy or self._closed
+            return bool(self._calls) or self._core.busy or self._closed or self._follows
 
         with self.lock:
             if not work():
@@ -101,30 +148,43 @@ class Driver:
                     return None
             if self._closed or self._turns is None:
                 return None if self._closed else self._take_calls(len(self._calls))
-            count = len(self._calls)
-        return self._agree(self._turns, count)
+            posted = list(self._calls)
+        if self._turns.decides:
+            return self._decide(self._turns, posted)
+        return self._hear(self._turns)
 
-    def _agree(self, turns: Turns, count: int) -> list[Call] | None:
-        """The same calls in every process: ``count`` of them in process 0; None to end."""
+    def _decide(self, turns: Turns, posted: list[Posted]) -> list[Call] | None:
+        """The calls of the next turn, in process 0; None to end."""
+        told = tuple(each.told for each in posted if each.told is not None)
         core = self._core
-        if turns.decides:
-            turns.say(Turn(count, core.scheduler.step_seconds, core.digest))
-        else:
-            while (turn := turns.hear()) is None:
-                if self._closed:
-                    return None
-            count, core.scheduler.step_seconds = turn.calls, turn.step_seconds
-            if turn.digest != core.digest:
-                raise RuntimeError(
-                    f"process {distributed.index()} has got other tokens than process 0: are "
-                    "files, libraries and devices the same?"
-                )
+        turns.say(Turn(len(posted), core.scheduler.step_seconds, core.digest, told))
         with self.lock:
-            self.lock.wait_for(lambda: len(self._calls) >= count or self._closed)
-            return None if self._closed else self._take_calls(count)
+            return None if self._closed else self._take_calls(len(posted))
+
+    def _hear(self, turns: Turns) -> list[Call] | None:
+        """The calls of the next turn, in another process than 0; None to end."""
+        core = self._core
+        while (turn := turns.hear()) is None:
+            if self._closed:
+                return None
+        core.scheduler.step_seconds = turn.step_seconds
+        if turn.digest != core.digest:
+            raise RuntimeError(
+                f"process {distributed.index()} has got other tokens than process 0: are files, "
+                "libraries and devices the same?"
+            )
+        if turn.told:
+            if self._make is None:
+                raise RuntimeError("process 0 leads: all other processes must follow")
+            return [self._make(each) for each in turn.told]
+        with self.lock:
+            if turn.calls and self._follows:
+                raise RuntimeError("process 0 does not lead: no other process may follow")
+            self.lock.wait_for(lambda: len(self._calls) >= turn.calls or self._closed)
+            return None if self._closed else self._take_calls(turn.calls)
 
     def _take_calls(self, count: int) -> list[Call]:
-        return [self._calls.popleft() for _ in range(count)]
+        return [self._calls.popleft().call for _ in range(count)]
 
     def _end(self) -> None:
         """Leaves no request without a last event, when the thread ends for good."""

@@ -10,7 +10,8 @@ of the tokens of the step before:
 
 import contextlib
 import dataclasses
-import itertools
+import functools
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -18,19 +19,23 @@ from typing import Any
 from qwen_jax.engine.constraint import Factory
 from qwen_jax.engine.core import Core
 from qwen_jax.engine.driver import Driver
-from qwen_jax.engine.events import QueueFull
+from qwen_jax.engine.events import Event, QueueFull
 from qwen_jax.engine.faults import StepFailed
+from qwen_jax.engine.lead import Compile, Lead
 from qwen_jax.engine.pictures import FeatureStore
 from qwen_jax.engine.request import Defaults, Request, Sink
 from qwen_jax.engine.runner import Runner
 from qwen_jax.engine.slots import settings
 from qwen_jax.engine.totals import EngineStats, Totals
 from qwen_jax.engine.warmup import Progress, warm_up
+from qwen_jax.engine.wire import Add, Cancel
 from qwen_jax.model.cache import row_ways
 from qwen_jax.requests import Prompt, SamplingParams
 from qwen_jax.runtime import Runtime
 from qwen_jax.weights.config import ModelConfig
 from qwen_jax.weights.params import Weights
+
+log = logging.getLogger(__name__)
 
 FIRST_PAGES = 64  # of a cache in memory that others use too; it is doubled when rows grow into it
 
@@ -119,12 +124,13 @@ class Engine:
             max_rows=limits.max_rows,
             max_tokens=limits.max_tokens,
             max_pages=limits.max_pages,
+            shared=len({device.process_index for device in runtime.mesh.devices.flat}) > 1,
         )
         self.max_rows = limits.max_rows
         self._config, self._defaults, self._limits = config, defaults, limits
         self._constraints = constraints
-        self._numbers = itertools.count()
         self._driver = Driver(self._core)
+        self._lead = Lead(self._core, self._driver)
         self._queued: list[Request] = []  # that may still wait; only kept where they are limited
 
     def submit(
@@ -155,27 +161,44 @@ class Engine:
             vocab_size=self._config.text.vocab_size,
             has_tokenizer=self._defaults.tokenizer is not None,
         )
-        constraint = None
-        if params.structured_outputs is not None:
-            if self._constraints is None:
-                raise ValueError(f"{name or 'request'}: there is no structured output here")
-            constraint = self._constraints(params.structured_outputs)
-        request = Request(
-            next(self._numbers),
-            prompt,
-            params,
-            sink,
-            request_id=request_id,
-            name=name,
-            defaults=self._defaults,
-            constraint=constraint,
-        )
+        asked = Add(self._lead.number(), prompt, params, name)
+        request = self._request(asked, sink, request_id)
         settings(request.rows[0])  # raises where they leave no token
+        told = self._lead.told(asked)
         with self._driver.lock:
             self._driver.check_open()
             self._queue(request)
-            self._driver.post(lambda: self._core.add(request))
+            self._driver.post(lambda: self._core.add(request), told)
         return Handle(self, request)
+
+    def _request(self, asked: Add, sink: Sink, request_id: str | None = None) -> Request:
+        constraint = None
+        if asked.params.structured_outputs is not None:
+            if self._constraints is None:
+                raise ValueError(f"{asked.name or 'request'}: there is no structured output here")
+            constraint = self._constraints(asked.params.structured_outputs)
+        request = Request(
+            asked.number,
+            asked.prompt,
+            asked.params,
+            sink,
+            request_id=request_id,
+            name=asked.name,
+            defaults=self._defaults,
+            constraint=constraint,
+        )
+        request.sink = functools.partial(self._send, request, sink)
+        return request
+
+    def _send(self, request: Request, sink: Sink, event: Event) -> None:
+        """Gives an event to its owner. Where that fails, which is not our code, the request ends
+        and the others go on."""
+        try:
+            sink(event)
+        except Exception:
+            log.exception("%s: its sink has failed; the request is cancelled", request.name)
+            request.sink = lambda _: None
+            self._cancel(request)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -230,6 +253,34 @@ class Engine:
         """Ends the thread; every request that is not over fails with `EngineClosed`."""
         self._driver.close()
 
+    # ---- several processes -----------------------------------------------------------------------
+
+    @property
+    def shared(self) -> bool:
+        """Whether it is on the devices of several processes, which all must take its requests."""
+        return self._core.shared
+
+    def lead(self) -> contextlib.AbstractContextManager[None]:
+        """In process 0: what is submitted inside is told to the other processes, which `follow`.
+
+        Requests that are not over when it is left fail.
+
+        Raises:
+            EngineClosed: the engine has stopped.
+        """
+        return self._lead.lead()
+
+    def follow(self, compiled: Compile) -> None:
+        """In another process: works on what process 0 submits, until that leaves `lead`.
+
+        compiled: makes the form of a request's text, see `Forms.compiled`.
+
+        Raises:
+            RuntimeError: process 0 has failed.
+            EngineClosed: the engine has stopped.
+        """
+        self._lead.follow(self._request, compiled)
+
     def _queue(self, request: Request) -> None:
         most = self._limits.max_waiting
         if most is None:
@@ -240,7 +291,7 @@ class Engine:
         self._queued.append(request)
 
     def _cancel(self, request: Request) -> None:
-        if request.done:
-            return
         with self._driver.lock:
-            self._driver.post(lambda: self._core.cancel(request))
+            if not self._lead.is_over(request):
+                told = self._lead.told(Cancel(request.number))
+                self._driver.post(lambda: self._core.cancel(request), told)

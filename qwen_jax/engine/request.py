@@ -50,7 +50,7 @@ class Request:
         constraint: makes what each sequence is held to.
 
     Attributes:
-        name: see above.
+        number, name: see above.
         rows: of the sequences.
         result: filled in by the end.
         seated: whether a row of it has ever run.
@@ -71,7 +71,7 @@ class Request:
         defaults: Defaults,
         constraint: Factory | None,
     ):
-        self.name = name or f"request {number}"
+        self.number, self.name = number, name or f"request {number}"
         self.sink = sink
         self.seated = False
         room = defaults.max_model_len - len(prompt.token_ids)

@@ -54,11 +54,12 @@ class Forms:
         text = prompt.text or ""
         # Whether a text reasons first where the prompt says nothing: only in an assistant's turn.
         asks = text[text.rfind("<|im_start|>") :].startswith(_ASSISTANT)
-        return self.compiler.after_reasoning(
+        grammar = self.compiler.after_reasoning(
             self.compiler.compile(wish),
             parsing.reasoning_state(text),
             may_open=asks and self._template is not None and "<think>" in self._template.source,
         )
+        return dataclasses.replace(grammar, wish=wish)
 
     def compiled(self, params: SamplingParams, prompt: Prompt) -> SamplingParams:
         """The parameters with their form compiled for a prompt; raises as `grammar`."""

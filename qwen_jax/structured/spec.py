@@ -126,9 +126,15 @@ class Matcher(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Grammar:
-    """A compiled wish: `matcher` starts a text under it."""
+    """A compiled wish.
+
+    Attributes:
+        matcher: starts a text under it.
+        wish: what it was compiled from, for a prompt; None for a part of that.
+    """
 
     matcher: Callable[[], Matcher]
+    wish: StructuredOutputs | None = None
 
 
 def read_schema(schema: Any, name: str) -> Mapping[str, Any] | bool:
