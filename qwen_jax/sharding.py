@@ -59,27 +59,32 @@ class Rules:
         return ", ".join(f"{k}->{'+'.join(v)}" for k, v in self.table) or "all replicated"
 
 
-def _rows(**letters: str | Sequence[str]) -> Rules:
-    tensor = dict.fromkeys("NKIV", "tensor")
-    return Rules.of({"B": ("data", "expert"), **tensor, **letters})
+_HEADS = dict.fromkeys("NKIV", "tensor")
+_MORE_HEADS = dict.fromkeys("NKIV", ("expert", "tensor"))
+_ROWS = {"B": ("data", "expert"), **_HEADS}
 
 
 STRATEGIES: Mapping[str, Rules] = {
     "replicated": Rules(),
-    "tp": Rules.of(N="tensor", K="tensor", I="tensor", F="tensor", V="tensor"),
+    "tp": Rules.of(_HEADS, F="tensor"),
     "ep": Rules.of(E="expert"),
-    "ep+tp": Rules.of(E="expert", N="tensor", K="tensor", I="tensor", F="tensor", V="tensor"),
+    "ep+tp": Rules.of(_HEADS, E="expert", F="tensor"),
     # Attention and head use every device as tensor parallelism, experts use them all as experts.
     "tp-attention+ep": Rules.of(
         E=("expert", "tensor"), N=("expert", "tensor"), K=("expert", "tensor"), V="tensor"
     ),
     # Each row, with its pages, is on one device of data and expert; experts use every device, or
     # their hidden width is split where there are more devices than divide the experts.
-    "dp-attention+ep": _rows(E=("data", "expert", "tensor")),
-    "dp-attention+ep+tp": _rows(E=("data", "expert"), F="tensor"),
+    "dp-attention+ep": Rules.of(_ROWS, E=("data", "expert", "tensor")),
+    "dp-attention+ep+tp": Rules.of(_ROWS, E=("data", "expert"), F="tensor"),
     # The same, with the tokens of a step split too: long prompts are projected in parallel.
-    "sp+ep": _rows(E=("data", "expert", "tensor"), T=("data", "expert")),
-    "sp+ep+tp": _rows(E=("data", "expert"), F="tensor", T=("data", "expert")),
+    "sp+ep": Rules.of(_ROWS, E=("data", "expert", "tensor"), T=("data", "expert")),
+    "sp+ep+tp": Rules.of(_ROWS, E=("data", "expert"), F="tensor", T=("data", "expert")),
+    # Rows over data alone, heads over the rest: experts are split in other ways than attention.
+    "dp+tp-attention+ep+tp": Rules.of(_MORE_HEADS, B="data", E=("data", "expert"), F="tensor"),
+    "sp+tp-attention+ep+tp": Rules.of(
+        _MORE_HEADS, B="data", E=("data", "expert"), F="tensor", T="data"
+    ),
 }
 
 

@@ -195,6 +195,7 @@ qwen_jax.planner.chips
 qwen_jax.planner.collectives
 qwen_jax.planner.program_text
 qwen_jax.planner.compiled
+qwen_jax.planner.temporary
 qwen_jax.planner.plan
 qwen_jax.planner.check
 qwen_jax.planner.search
@@ -264,6 +265,7 @@ qwen_jax.commands.convert
 qwen_jax.commands.info_text
 qwen_jax.commands.info
 qwen_jax.commands.plan_text
+qwen_jax.commands.plan_plot
 qwen_jax.commands.plan
 qwen_jax.commands.bench
 qwen_jax.commands.media

@@ -119,8 +119,6 @@ def ragged_dot(
 
 def _call(facts: Facts, config: Config, granules: int, info: pltpu.TpuInfo):
     cores = tpu_config.cores(facts, info)
-    vmem = tpu_config.vmem_bytes(facts, config, info)
-    spare = (1 - tpu_config.VMEM_SHARE) * info.vmem_capacity_bytes
     blocks = None
     if facts.blocks is not None:
         blocks = (min(facts.blocks[-2], facts.inner), facts.blocks[-1])
@@ -137,10 +135,20 @@ def _call(facts: Facts, config: Config, granules: int, info: pltpu.TpuInfo):
             scratch_shapes=_scratch(facts, config, cores),
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=int(vmem + spare)
+            dimension_semantics=("parallel",), vmem_limit_bytes=vmem_limit(facts, config, info)
         ),
         cost_estimate=_cost(facts, granules * GRANULE),
     )
+
+
+def vmem_limit(facts: Facts, config: Config, info: pltpu.TpuInfo) -> int:
+    """Bytes of VMEM that a call asks for: its buffers, and the compiler's share."""
+    return tpu_config.vmem_bytes(facts, config, info) + spare(info)
+
+
+def spare(info: pltpu.TpuInfo) -> int:
+    """Bytes of VMEM that are left to the compiler."""
+    return int((1 - tpu_config.VMEM_SHARE) * info.vmem_capacity_bytes)
 
 
 def _scratch(facts: Facts, config: Config, cores: int) -> list:

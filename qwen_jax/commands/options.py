@@ -31,6 +31,8 @@ STRATEGIES = (
     "dp-attention+ep+tp",
     "sp+ep",
     "sp+ep+tp",
+    "dp+tp-attention+ep+tp",
+    "sp+tp-attention+ep+tp",
 )
 
 NO_MODEL = (

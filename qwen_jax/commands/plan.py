@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_jax.commands import options
 
 if TYPE_CHECKING:
-    from qwen_jax.planner.plan import Plan
+    from qwen_jax.planner.plan import Load, Plan
     from qwen_jax.weights.config import ModelConfig
     from qwen_jax.weights.layout import Layout
 
@@ -48,6 +48,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout", action="store_true", help="also every parameter: how it is split, its bytes"
     )
+    parser.add_argument(
+        "--plot", metavar="FILE", help="also a picture (.png, .svg, .pdf): memory, and the bounds"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options.add_model(parser)
     options.add_debug(parser)
@@ -59,30 +62,21 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("plan: a model is needed, for example --model Qwen3-30B-A3B")
     if not args.topology:
         raise ValueError("plan: a machine is needed, for example --topology v6e:4x4 or h200:8")
+    if args.plot and (args.search or not args.plot.endswith((".png", ".svg", ".pdf"))):
+        raise ValueError(f"plan: --plot {args.plot}: a .png, .svg or .pdf of one plan, no --search")
     from qwen_jax.commands import output, plan_text
     from qwen_jax.commands.info import locate
     from qwen_jax.planner.chips import Topology
-    from qwen_jax.planner.plan import Load
     from qwen_jax.planner.search import search
     from qwen_jax.sharding import parse_mesh
     from qwen_jax.weights.checkpoint import read_config
 
     topology = Topology.parse(args.topology)
     config = read_config(locate(args), dict(args.config_override) or None)
-    load = Load(
-        batch=args.batch,
-        context=args.context,
-        chunk=args.chunk,
-        dtype=args.dtype,
-        kv_dtype=args.kv_cache_dtype,
-        quantization=args.quantization,
-        page_size=args.page_size,
-        utilization=args.utilization,
-    )
     plans = search(
         config,
         topology,
-        load,
+        _load(args),
         mesh=None if args.mesh == "auto" else parse_mesh(args.mesh),
         strategy=args.strategy,
         dispatch=args.dispatch,
@@ -93,15 +87,9 @@ def run(args: argparse.Namespace) -> int:
         else:
             output.write(plan_text.ranking([report(config, plan) for plan in plans]) + "\n")
         return 0
-    plan = plans[0]
-    if topology.chip.platform == "tpu" and not args.fast:
-        plan = _compiled(args, config, plan)
-    found = report(config, plan)
-    if not plan.fits:
-        from qwen_jax.planner.search import propose
-
-        better = propose(config, topology, load)
-        found["proposal"] = None if better is None else report(config, better)
+    plan, found = _best(args, config, plans[0])
+    if args.plot:
+        _plot(args.plot, args.model, found)
     if args.json:
         output.write_json(found)
     else:
@@ -109,6 +97,45 @@ def run(args: argparse.Namespace) -> int:
         if args.layout:
             output.write(f"\n{_layout(config, plan)}\n")
     return 0
+
+
+def _load(args: argparse.Namespace) -> "Load":
+    from qwen_jax.planner.plan import Load
+
+    return Load(
+        batch=args.batch,
+        context=args.context,
+        chunk=args.chunk,
+        dtype=args.dtype,
+        kv_dtype=args.kv_cache_dtype,
+        quantization=args.quantization,
+        page_size=args.page_size,
+        utilization=args.utilization,
+    )
+
+
+def _best(
+    args: argparse.Namespace, config: "ModelConfig", plan: "Plan"
+) -> "tuple[Plan, dict[str, Any]]":
+    """The plan, compiled where that is possible, and its report, with a proposal if it must be.
+
+    What does not fit by arithmetic is not compiled: the compiler refuses it.
+    """
+    from qwen_jax.planner.search import propose
+
+    if plan.topology.chip.platform == "tpu" and plan.fits and not args.fast:
+        plan = _compiled(args, config, plan)
+    found = report(config, plan)
+    if not plan.fits:
+        better = propose(config, plan.topology, plan.load)
+        found["proposal"] = None if better is None else report(config, better)
+    return plan, found
+
+
+def _plot(file: str, model: str, found: dict[str, Any]) -> None:
+    from qwen_jax.commands.plan_plot import figure
+
+    figure(model, found).savefig(file, dpi=150)
 
 
 def _layout(config: "ModelConfig", plan: "Plan") -> "Layout":
@@ -165,6 +192,7 @@ def report(config: "ModelConfig", plan: "Plan") -> dict[str, Any]:
         "rules": str(plan.rules),
         "load": dataclasses.asdict(plan.load),
         "fits": plan.fits,
+        "excess": plan.excess,
         "bytes_per_device": gb,
         "kv_tokens": plan.kv_tokens,
         "collectives": [{**dataclasses.asdict(c), "sent": c.sent} for c in plan.collectives],

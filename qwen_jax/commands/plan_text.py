@@ -18,6 +18,7 @@ def lines(model: str, report: dict[str, Any]) -> str:
         ("strategy", f"{r['strategy']}: {r['rules']}"),
         ("asked", f"{load['batch']:,} rows of {load['context']:,} tokens"),
         ("fits" if r["fits"] else "DOES NOT FIT", _held(held, r["source"])),
+        *([] if r["fits"] else [("too much", f"{size(r['excess'])} per device")]),
         ("KV tokens", f"{r['kv_tokens']:,} would fit beside the weights"),
         ("decode", f"{_rate(bound['decode_tokens_per_s'])}, limited by {bound['limited_by']}"),
         (
@@ -34,7 +35,7 @@ def lines(model: str, report: dict[str, Any]) -> str:
         return text
     if r["proposal"] is None:
         return f"{text}\nNothing larger of this kind fits it either: ask for fewer or shorter rows."
-    return f"{text}\n\nThis would fit:\n{lines(model, r['proposal'])}"
+    return f"{text}\n\nThe smallest that fits:\n{lines(model, r['proposal'])}"
 
 
 def ranking(reports: list[dict[str, Any]]) -> str:

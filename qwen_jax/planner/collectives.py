@@ -5,6 +5,7 @@ the list equal to what XLA makes of small models.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax.numpy as jnp
@@ -97,9 +98,15 @@ def imbalance(config: ModelConfig, runtime: Runtime, tokens: int, *, draws: int 
     ways = sharding_lib.ways(runtime.mesh, runtime.rules.axes("E"))
     if not experts or ways == 1:
         return 1.0
+    drawn = min(tokens, 8 * math.ceil(experts / active))  # by then all are in use
+    return _imbalance(experts, active, ways, drawn, draws)
+
+
+@functools.lru_cache(maxsize=256)
+def _imbalance(experts: int, active: int, ways: int, tokens: int, draws: int) -> float:
     rng = np.random.default_rng(0)
     used = np.zeros((draws, experts), bool)
-    for _ in range(min(tokens, 8 * math.ceil(experts / active))):  # by then all are in use
+    for _ in range(tokens):
         chosen = rng.random((draws, experts)).argpartition(active, axis=1)[:, :active]
         np.put_along_axis(used, chosen, True, axis=1)
     per_device = used.reshape(draws, ways, -1).sum(-1)

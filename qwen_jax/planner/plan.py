@@ -11,7 +11,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from pallas_kernels import registry
@@ -22,6 +21,7 @@ from qwen_jax.engine.capacity import weight_bytes
 from qwen_jax.model.cache import page_bytes, row_ways
 from qwen_jax.planner.chips import Topology
 from qwen_jax.planner.collectives import Collective, imbalance, of_step
+from qwen_jax.planner.temporary import step_bytes
 from qwen_jax.runtime import ACTIVATION_DTYPES, KV_DTYPES, Runtime
 from qwen_jax.sharding import Rules
 from qwen_jax.weights.config import ModelConfig
@@ -67,6 +67,11 @@ class Load:
                     f"plan: {name}={getattr(self, name)!r} is unknown; use {', '.join(known)}"
                 )
 
+    @property
+    def steps(self) -> Mapping[str, tuple[int, int]]:
+        """Step -> its tokens and rows."""
+        return {"decode": (self.batch, self.batch), "prefill": (self.chunk, 1)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
@@ -99,7 +104,8 @@ class Plan:
     Attributes:
         topology, mesh, strategy, rules, load: what was planned.
         limit: bytes that may be used.
-        weights, cache, temporary: bytes; ``cache`` of this device's share of the rows.
+        weights, cache: bytes; ``cache`` of this device's share of the rows.
+        step_bytes: "decode" and "prefill" -> bytes that the step needs besides.
         kv_tokens: tokens that the cache could hold, if it took all that is left.
         decode, prefill: the bounds of a decode step and of a prefill chunk.
         imbalance: of expert weights read by the busiest device in decode, against the average.
@@ -117,7 +123,7 @@ class Plan:
     limit: int
     weights: int
     cache: int
-    temporary: int
+    step_bytes: Mapping[str, int]
     kv_tokens: int
     decode: Bound
     prefill: Bound
@@ -128,6 +134,11 @@ class Plan:
     source: str = "arithmetic"
 
     @property
+    def temporary(self) -> int:
+        """What the step that needs more needs besides weights and cache."""
+        return max(self.step_bytes.values())
+
+    @property
     def peak(self) -> int:
         """Weights, cache and temporaries together."""
         return self.weights + self.cache + self.temporary
@@ -136,6 +147,11 @@ class Plan:
     def fits(self) -> bool:
         """Whether that is within the limit."""
         return self.peak <= self.limit
+
+    @property
+    def excess(self) -> int:
+        """Bytes by which that exceeds the limit; 0 if it fits."""
+        return max(0, self.peak - self.limit)
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -163,16 +179,7 @@ def make_plan(
         ValueError: the mesh does not have the topology's devices, a size does not divide over it,
             the dispatch cannot run there, or the context is longer than the model's.
     """
-    limit = config.text.max_position_embeddings
-    if load.context > limit:
-        raise ValueError(
-            f"plan: context={load.context:,} exceeds the model's max_position_embeddings {limit:,}"
-        )
-    if math.prod(mesh.values()) != topology.devices:
-        raise ValueError(
-            f"plan: mesh {dict(mesh)} has {math.prod(mesh.values())} devices, {topology} has "
-            f"{topology.devices}"
-        )
+    _check_sizes(config, topology, load, mesh)
     stored = requantized(config, load.quantization)
     runtime = abstract_runtime(mesh, strategy, load, dispatch)
     platform = topology.chip.platform
@@ -183,8 +190,13 @@ def make_plan(
     holders = row_ways(runtime)  # each of which has its own rows
     pages = math.ceil(load.batch / holders) * math.ceil(load.context / load.page_size)
     usable = int(topology.chip.memory * load.utilization)
-    temporary = temporary_bytes(stored, runtime, load)
+    device, kernels = Device(platform, topology.chip.kind), _kernels(stored, runtime, topology)
+    besides = {
+        step: step_bytes(stored, runtime, device, kernels, tokens=tokens, rows=rows)
+        for step, (tokens, rows) in load.steps.items()
+    }
     uneven = imbalance(config, runtime, load.batch)
+    left = usable - weights - max(besides.values())
     return Plan(
         topology=topology,
         mesh=dict(mesh),
@@ -194,15 +206,28 @@ def make_plan(
         limit=usable,
         weights=weights,
         cache=int(pages * load.page_size * token),
-        temporary=temporary,
-        kv_tokens=max(0, int((usable - weights - temporary) / token)) * holders,
+        step_bytes=besides,
+        kv_tokens=max(0, int(left / token)) * holders,
         decode=_decode_bound(stored, runtime, topology, load, uneven),
         prefill=_prefill_bound(stored, runtime, topology, load),
         imbalance=uneven,
         collectives=tuple(of_step(config, runtime, tokens=load.batch, rows=load.batch)),
-        kernels=_kernels(stored, runtime, topology),
+        kernels=kernels,
         dispatch=dispatch,
     )
+
+
+def _check_sizes(config: ModelConfig, topology: Topology, load: Load, mesh) -> None:
+    limit = config.text.max_position_embeddings
+    if load.context > limit:
+        raise ValueError(
+            f"plan: context={load.context:,} exceeds the model's max_position_embeddings {limit:,}"
+        )
+    if math.prod(mesh.values()) != topology.devices:
+        raise ValueError(
+            f"plan: mesh {dict(mesh)} has {math.prod(mesh.values())} devices, {topology} has "
+            f"{topology.devices}"
+        )
 
 
 def _kernels(config: ModelConfig, runtime: Runtime, topology: Topology) -> Mapping[str, str]:
@@ -232,53 +257,24 @@ def abstract_runtime(
     )
 
 
-def temporary_bytes(config: ModelConfig, runtime: Runtime, load: Load) -> int:
-    """What a step needs besides weights and cache: the larger one of prefill and decode.
-
-    The widest moment of a layer is around its experts (rows sorted by expert, their hidden values,
-    their results in float32 before and after sorting back) or its attention; the logits of the rows
-    come at the end, when no layer's values are left.
-    """
-    text = config.text
-    width = jnp.dtype(runtime.dtype).itemsize
-
-    def part(letters: str) -> int:
-        axes = [axis for letter in letters for axis in runtime.rules.axes(letter)]
-        return sharding_lib.ways(runtime.mesh, axes)
-
-    def layer(tokens: int) -> int:
-        stream = 2 * tokens * text.hidden_size * width
-        rows = tokens * text.num_experts_per_tok
-        hidden = text.moe_intermediate_size // part("F")
-        experts = rows * (text.hidden_size * (width + 8) + hidden * width)
-        heads = (text.num_attention_heads + 2 * text.num_key_value_heads) // part("N")
-        attention = 2 * tokens * heads * text.head_dim * width
-        dense = 3 * tokens * text.intermediate_size // part("I") * width
-        return stream + max(experts if text.num_experts else dense, attention)
-
-    def whole(tokens: int, rows: int) -> int:
-        return max(layer(tokens), rows * text.vocab_size * 4)
-
-    return max(whole(load.batch, load.batch), whole(load.chunk, 1))
-
-
 def _decode_bound(config, runtime, topology: Topology, load: Load, uneven: float) -> Bound:
     # Rows are at all stages of their answers: half of the context on average.
     work = roofline.decode_work(config, runtime, rows=load.batch, context=load.context / 2)
-    return _bound(config, runtime, topology, work, load.batch, load.batch, uneven)
+    experts = roofline.expert_bytes(config, runtime, load.batch)
+    moved = work.bytes + (uneven - 1) * experts
+    return _bound(config, runtime, topology, moved, work.flops, load.batch, load.batch)
 
 
 def _prefill_bound(config, runtime, topology: Topology, load: Load) -> Bound:
     work = roofline.prefill_work(config, runtime, rows=1, length=load.chunk)
-    return _bound(config, runtime, topology, work, load.chunk, 1, 1.0)
+    return _bound(config, runtime, topology, work.bytes, work.flops, load.chunk, 1)
 
 
-def _bound(config, runtime, topology: Topology, work, tokens: int, rows: int, uneven) -> Bound:
+def _bound(config, runtime, topology: Topology, moved, flops, tokens: int, rows: int) -> Bound:
     chip = topology.chip
     sent = sum(c.sent for c in of_step(config, runtime, tokens=tokens, rows=rows))
-    experts = roofline.expert_bytes(config, runtime, tokens)
     return Bound(
-        memory=(work.bytes + (uneven - 1) * experts) / chip.bandwidth,
-        arithmetic=work.flops / chip.rate("bfloat16"),
+        memory=moved / chip.bandwidth,
+        arithmetic=flops / chip.rate("bfloat16"),
         links=sent / chip.link,
     )

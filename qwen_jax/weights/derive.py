@@ -83,18 +83,26 @@ def shardings(config: ModelConfig, mesh: Mesh, rules: Rules) -> Weights:
             the message names the tensor, the letter and the numbers.
     """
     rules = sharding_lib.replicate_kv(rules, mesh, config.text.num_key_value_heads)
+    made = {}  # most layers are alike, and a search asks for hundreds of meshes
 
     def one(row: Param):
-        spec = sharding_lib.spec(row.dims, mesh, rules, row.size, row.name)
-        values = NamedSharding(mesh, spec)
         quant = quantization(row, config)
-        if quant is None:
-            return values
-        per_axis = blocks(row, quant)
-        scale = _scale_spec(row, per_axis, spec, mesh)
-        return QArray(values, NamedSharding(mesh, scale), per_axis)
+        kind = row.dims, row.shape, row.layout, row.over, quant
+        if kind not in made:
+            made[kind] = _place(row, quant, mesh, rules)
+        return made[kind]
 
     return jax.tree.map(one, table(config))
+
+
+def _place(row: Param, quant: QuantConfig | None, mesh: Mesh, rules: Rules):
+    spec = sharding_lib.spec(row.dims, mesh, rules, row.size, row.name)
+    values = NamedSharding(mesh, spec)
+    if quant is None:
+        return values
+    per_axis = blocks(row, quant)
+    scale = _scale_spec(row, per_axis, spec, mesh)
+    return QArray(values, NamedSharding(mesh, scale), per_axis)
 
 
 def _scale_spec(row: Param, per_axis, spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
@@ -174,6 +182,7 @@ def count(config: ModelConfig) -> int:
     return sum(math.prod(row.shape) for row in jax.tree.leaves(table(config)))
 
 
+@lru_cache(maxsize=16)
 def count_active(config: ModelConfig) -> int:
     """How many text parameters one token uses: experts count as the active ones; no embedding."""
     rows, active = table(config), config.text.sizes["A"]
