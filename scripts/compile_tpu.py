@@ -4,8 +4,8 @@ For each model and slice: the best plan by arithmetic, then a decode step of its
 chunk by the compiler. A line for each: weights and cache, and the peak, in GB on a device, as
 planned and as compiled, and how far the plan is off; whether the cache is donated; copies of arrays
 as large as a weight or a layer's pages; whether the kernels are called in every layer. Ends with
-status 1 if a plan is more than 2 % off, a decode step copies such an array, the cache is not donated
-or a kernel is missing. Needs the extra "aot" (libtpu), no TPU.
+status 1 if a plan is more than 2 % off, a decode step copies such an array, the cache is not
+donated or a kernel is missing. Needs the extra "aot" (libtpu), no TPU.
 
 Examples:
     python scripts/compile_tpu.py                      # the whole matrix: an hour on two cores

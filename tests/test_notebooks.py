@@ -18,14 +18,47 @@ PAIRED = (
     "'notebook') writes the .ipynb files anew"
 )
 
+# What the demo checkpoint is known to answer in the notebooks: these lines change with its weights.
+ANSWERS = {
+    "What is 9 + 13?": "22",
+    "What is 17 - 4?": "13",
+    "Where does Mira live?": "Mira lives in Dublin.",
+    "What pet does Tom have?": "Tom has a goldfish.",
+    "Give river, lamp and bread in reverse order.": "bread, lamp, river",
+    "Give tree, door and cup as a JSON list.": '["tree", "door", "cup"]',
+}
+WEATHER = [[["get_weather", {"city": "Oslo"}]], "It is 3 degrees in Oslo."]
+TIMER = [[["set_timer", {"minutes": 20}]], "The timer is set for 20 minutes."]
+FILLED = "key"
+LEAST_SUMS = 40  # of 48
+LEAST_SHOWN = 9  # of 10 answers beside two pictures
+LEAST_RIGHT = {"colour": 18, "shape": 18, "place": 16, "count": 15, "digit": 18}  # of 20
+TURNS = ["4.", "7.", "At the bottom."]
+TOLD = (
+    "I see: top left: red circle, top: nothing, top right: nothing, left: nothing, centre: blue 7, "
+    "right: green cross, bottom left: nothing, bottom: orange ring, bottom right: nothing."
+)
+VIDEO = ["A green square.", "A blue ring.", "A red triangle.", "At 2.5 seconds."]
+LEAST_BATCH = {"sum": 0.8, "picture": 0.9}  # shares of right answers
 
-def run(name, folder, *values):
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """Keeps compiled programs, most of which the demo's notebooks and their commands share."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+
+
+def run(name, folder, *values, env=None):
     """Runs a notebook in a process of its own; its number of figures and the values of names."""
     found = subprocess.run(
         [sys.executable, "-m", "run_notebook", f"notebooks/{name}.py", str(folder), *values],
         cwd=ROOT,
         env={
             **os.environ,
+            **(env or {}),
             "XLA_FLAGS": "--xla_backend_optimization_level=0",
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         },
@@ -98,3 +131,131 @@ def test_collectives_and_roofline(tmp_path):
     # XLA for TPU adds the experts' sums in bfloat16, half of what the planner counts.
     for compiled, planned in zip(*found["bars"].values(), strict=True):
         assert 0.45 * planned < compiled < 1.01 * planned
+
+
+def test_quickstart(tmp_path, programs):
+    found = run(
+        "quickstart",
+        tmp_path,
+        "answers",
+        "sums_right",
+        "pieces",
+        "filled",
+        "alone",
+        "conversations",
+        "formed",
+        "tables",
+        "crowd",
+        "single",
+        "fits",
+        "REAL",
+        env=programs,
+    )
+    assert found["figures"] == 1
+    assert {question: found["answers"][question] for question in ANSWERS} == ANSWERS
+    assert found["sums_right"] >= LEAST_SUMS
+    assert len(found["pieces"]) > 4
+    assert "".join(found["pieces"]).startswith("I see shapes in small pictures")
+    assert found["filled"] == FILLED
+    assert list(found["conversations"].values()) == [WEATHER, TIMER]
+    check_forms(found["formed"])
+    check_alternatives(*found["tables"])
+    check_fits(found["fits"], found["REAL"])
+    one, two, seven = found["crowd"]
+    assert seven == found["single"]
+    assert len({one, two, seven}) == 3
+
+
+def check_forms(formed):
+    """Each form is kept, and holds what the free answer says."""
+    pet = ANSWERS["What pet does Tom have?"].removeprefix("Tom has a ").removesuffix(".")
+    assert formed["free"] == f"Tom has a {pet}."
+    assert json.loads(formed["json"]) == {"answer": formed["free"]}
+    assert formed["choice"] == formed["free"]
+    assert formed["regex"] == f"Tom has a {pet}!!!"
+
+
+def check_alternatives(certain, open_):
+    """The likeliest token is first, and a sum leaves less doubt than code does."""
+    for table in (certain, open_):
+        for step in table:
+            chances = [chance for _, chance in step]
+            assert len(step) == 5
+            assert chances == sorted(chances, reverse=True)
+            assert sum(chances) < 1 + 1e-5
+    assert "".join(step[0][0] for step in certain).startswith(ANSWERS["What is 9 + 13?"])
+    assert certain[0][0][1] > 0.5 > min(step[0][1] for step in open_)
+
+
+def check_fits(fits, real):
+    """The models named for machines fit them as they are, and what cannot fit is not said to."""
+    for machine, choice in real.items():
+        assert fits[choice["model"]][machine].replace(",", "").isdigit()
+    # 596 M parameters in two bytes and 2,048 tokens of 114,688 bytes, at 320 GB/s.
+    assert int(fits["Qwen/Qwen3-0.6B"]["T4"]) == pytest.approx(224, abs=2)
+    assert fits["Qwen/Qwen3-VL-8B-Instruct"]["T4"].startswith("int8 ")
+    assert fits["Qwen/Qwen3-30B-A3B-FP8"]["TPU v5e-1"] == "-"
+
+
+def test_images_and_video(tmp_path, programs):
+    found = run(
+        "images_and_video",
+        tmp_path,
+        "shown",
+        "right",
+        "turns",
+        "two_pictures",
+        "times",
+        "video_told",
+        "same_pixels",
+        "picture_positions",
+        "sizes",
+        env=programs,
+    )
+    assert found["figures"] == 5
+    assert len(found["shown"]) == 10
+    assert sum(found["shown"]) >= LEAST_SHOWN
+    for kind, least in LEAST_RIGHT.items():
+        assert found["right"].get(kind, 0) >= least, found["right"]
+    assert found["turns"] == [*TURNS, TOLD]
+    assert found["two_pictures"] == 2 * 9
+    assert found["times"] == ["0.2", "1.4", "2.5"]
+    assert found["video_told"] == VIDEO
+    assert found["same_pixels"]
+    assert found["picture_positions"] == [[0] * 9, [0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 1, 2] * 3]
+    # Blocks of 32 pixels: sides to the nearest one, or down to what the limit allows.
+    assert found["sizes"]["1280 x 720"] == [40 * 22, 40 * 22]
+    assert found["sizes"]["1920 x 1080"] == [60 * 34, 41 * 23]
+    assert found["sizes"]["8000 x 6000"] == [147 * 110, 36 * 27]
+
+
+def test_batch(tmp_path, programs):
+    found = run(
+        "batch",
+        tmp_path,
+        "COUNT",
+        "killed_by",
+        "first_run",
+        "lost",
+        "repeated",
+        "kept",
+        "bad",
+        "errors",
+        "right",
+        "asked",
+        "same",
+        "together",
+        env=programs,
+    )
+    assert found["figures"] == 1
+    assert found["killed_by"] == -9
+    assert found["COUNT"] // 2 <= found["first_run"] < found["COUNT"] - 1
+    assert found["lost"] == found["repeated"] == []
+    assert found["kept"]
+    (error,) = found["errors"]
+    assert (error["custom_id"], error["line"]) == (found["bad"], 101)
+    assert "did you mean 'temperature'" in error["response"]["body"]["error"]["message"]
+    for kind, least in LEAST_BATCH.items():
+        assert found["right"][kind] >= least * found["asked"][kind] > 0, kind
+    assert found["same"]
+    assert len(found["together"]) == found["COUNT"] - 1
