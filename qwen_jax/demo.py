@@ -8,4 +8,4 @@ import pathlib
 
 DEMO = str(pathlib.Path(__file__).parent / "demo_checkpoint")
 NAME = "qwen-jax-demo"
-NOTE = "no --model: this is the demo, too small to know much; a real one: --model Qwen/Qwen3-0.6B"
+NOTE = "this is the demo, too small to know much; a real model: --model Qwen/Qwen3-0.6B"
