@@ -5,6 +5,7 @@ environment variable QWEN_JAX_SHARED_DATA) says where they are, and those tests 
 """
 
 import gc
+import logging
 import os
 import pathlib
 
@@ -35,6 +36,17 @@ def _programs_are_dropped_in_time():
     if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def process_as_before(monkeypatch):
+    """What a command sets for its process is undone."""
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.98")
+    log = logging.getLogger("qwen_jax")
+    handlers, level = list(log.handlers), log.level
+    yield
+    log.handlers[:], log.level = handlers, level
+    jax.config.update("jax_enable_compilation_cache", True)
 
 
 def pytest_addoption(parser):

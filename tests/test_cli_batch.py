@@ -2,11 +2,9 @@
 
 import base64
 import io
-import logging
 import re
 import sys
 
-import jax
 import numpy as np
 import pytest
 import tiny_llm
@@ -77,15 +75,9 @@ def test_what_became_of_the_lines_is_said_and_is_the_status(tmp_path, capsys):
 
 
 @pytest.fixture
-def as_before(monkeypatch):
-    """What a command sets for its process is undone."""
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.98")
-    log = logging.getLogger("qwen_jax")
-    handlers, level = list(log.handlers), log.level
+def few_shapes(process_as_before):
     with tiny_llm.few_shapes():
         yield
-    log.handlers[:], log.level = handlers, level
-    jax.config.update("jax_enable_compilation_cache", True)
 
 
 def completion(i, **body):
@@ -93,7 +85,7 @@ def completion(i, **body):
     return line(i, url=COMPLETIONS, body=body)
 
 
-def test_a_batch_says_what_llm_says(as_before, tmp_path, capsys):
+def test_a_batch_says_what_llm_says(few_shapes, tmp_path, capsys):
     llm = tiny_llm.shared_llm()
     chats = [[{"role": "user", "content": text}] for text in ("hello", "one two", "print")]
     greedy = {"temperature": 0, "max_tokens": 12}

@@ -3,12 +3,10 @@
 import dataclasses
 import io
 import json
-import logging
 import math
 import re
 from unittest import mock
 
-import jax
 import pytest
 import tiny_llm
 from published import FP8_BYTES, TOTALS
@@ -27,15 +25,9 @@ PROMPT = "def f("
 
 
 @pytest.fixture(autouse=True)
-def as_before(monkeypatch):
-    """What a command sets for its process is undone."""
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.98")
-    log = logging.getLogger("qwen_jax")
-    handlers, level = list(log.handlers), log.level
+def few_shapes(process_as_before):
     with tiny_llm.few_shapes():
         yield
-    log.handlers[:], log.level = handlers, level
-    jax.config.update("jax_enable_compilation_cache", True)
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 import io
 import json
-import logging
 
-import jax
 import numpy as np
 import pytest
 import vision_model
@@ -21,15 +19,9 @@ QUESTION = "What is in this picture?"
 
 
 @pytest.fixture(autouse=True)
-def as_before(monkeypatch):
-    """What a command sets for its process is undone."""
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.98")
-    log = logging.getLogger("qwen_jax")
-    handlers, level = list(log.handlers), log.level
+def few_shapes(process_as_before):
     with vision_model.few_shapes():
         yield
-    log.handlers[:], log.level = handlers, level
-    jax.config.update("jax_enable_compilation_cache", True)
 
 
 @pytest.fixture

@@ -4,11 +4,9 @@ a mesh of eight devices, and a batch."""
 import base64
 import io
 import json
-import logging
 import random
 
 import demo_model
-import jax
 import numpy as np
 import pytest
 from batch_samples import line, read, write
@@ -27,15 +25,9 @@ ANSWER = "A green ring."
 
 
 @pytest.fixture(autouse=True)
-def as_before(monkeypatch):
-    """What a command sets for its process is undone."""
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.98")
-    log = logging.getLogger("qwen_jax")
-    handlers, level = list(log.handlers), log.level
+def few_shapes(process_as_before):
     with demo_model.few_shapes():
         yield
-    log.handlers[:], log.level = handlers, level
-    jax.config.update("jax_enable_compilation_cache", True)
 
 
 @pytest.fixture

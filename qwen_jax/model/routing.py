@@ -30,15 +30,15 @@ def route(
 ) -> tuple[Routing, jax.Array]:
     """Softmax over all experts in float32, the best A, normalised where the model says so.
 
-    Returns:
-        The choice, and the softmax it was made from: float32 [T, R], for losses that balance the
-        experts. A program that does not use it does not keep it.
-
     Args:
         router: [D, R].
         x_TD: normed input.
         is_token: bool [T]; padding is sent to no expert.
         config: static.
+
+    Returns:
+        The choice, and the softmax it was made from: float32 [T, R], for losses that balance the
+        experts. A program that does not use it does not keep it.
 
     Source: transformers Qwen3MoeTopKRouter.
     """

@@ -26,9 +26,8 @@ def lesson(rng: random.Random) -> Chat:
     kinds = [rng.choice(KINDS) for _ in range(rng.randint(*TURNS))]
     turns = [turn for kind in kinds if (turn := _question(rng, layout, kind))]
     if rng.random() < _TOLD_SHARE:
-        turns.append(
-            rng.choice((_by_place, _by_thing))(layout)
-        )  # the last, so that no answer can be read off it
+        tell = rng.choice((_by_place, _by_thing))
+        turns.append(tell(layout))  # the last, so that no answer can be read off it
     return _chat(rng, layout, turns or [_nothing(rng, layout)])
 
 
