@@ -87,6 +87,19 @@ def test_sentencepiece_streams_and_decodes_any_ids_as_the_library_does(dummy_pre
     assert whole == theirs.decode(ids)
 
 
+@pytest.mark.parametrize("dummy_prefix", [True, False])
+@pytest.mark.parametrize("between", ["<s>", "<|im_end|>", "<think>", "e"])
+def test_sentencepiece_ends_a_character_at_a_token_that_is_left_out(dummy_prefix, between):
+    ours, theirs = pair(dummy_prefix)
+    pieces = ["e", "<0xE2>", "<0x82>", between, "<0xAC>", "<0xC3>", "<0xA9>", between]
+    ids = [theirs.piece_to_id(piece) for piece in pieces]
+    assert 0 not in ids
+    shown = between if between in ("<think>", "e") else ""
+    assert ours.decode(ids) == theirs.decode(ids) == f"e��{shown}�é{shown}"
+    stream = ours.stream()
+    assert "".join([*map(stream.push, ids), stream.finish()]) == theirs.decode(ids)
+
+
 def test_sentencepiece_stream_keeps_the_space_between_words():
     ours, _ = pair(True)
     stream = ours.stream()

@@ -164,6 +164,8 @@ class StreamDecoder:
         self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer._errors)
         self._drop_space = tokenizer._vocabulary.drops_first_space
+        # What is left out still ends a character there; byte-level BPE joins what is around it.
+        self._cuts = self._skip if tokenizer._vocabulary.bytewise else frozenset()
 
     def push(self, id: int) -> str:
         """Take one id; the text that is now complete (often "")."""
@@ -171,6 +173,14 @@ class StreamDecoder:
 
     def feed(self, ids: Sequence[int]) -> str:
         """Take several ids at once."""
+        text, start = [], 0
+        for end, id in enumerate(ids if self._cuts else (), 1):
+            if id in self._cuts:
+                text += [self._joined(ids[start:end]), self.finish()]
+                start = end
+        return "".join([*text, self._joined(ids[start:])])
+
+    def _joined(self, ids: Sequence[int]) -> str:
         bytes_at, skip = self._tokenizer._bytes_at, self._skip
         pieces = [bytes_at(id) or b"" for id in ids if id not in skip]
         if self._drop_space and len(ids):

@@ -33,7 +33,8 @@ class Vocabulary:
     `token_bytes[id]` is None for an id that belongs to no token. `added` maps the text of every
     added token (special or not) to its id; `encode_plain(text, at_start)` never yields them.
     `drops_first_space`: text gets a leading space on encoding that decoding takes off again.
-    `bytewise`: every byte of broken UTF-8 is one U+FFFD (sentencepiece), not every broken sequence.
+    `bytewise`: every byte of broken UTF-8 is one U+FFFD (sentencepiece), not every broken sequence;
+    and a character ends at a token that decoding leaves out.
     """
 
     token_bytes: list[bytes | None]
