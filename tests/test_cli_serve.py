@@ -92,6 +92,20 @@ def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(capsys):
     assert "/nowhere" not in said
 
 
+def test_damaged_state_is_told_before_a_model_is_loaded(tmp_path, capsys):
+    damaged = tmp_path / "batches" / f"batch_{'0' * 32}.json"
+    damaged.parent.mkdir()
+    damaged.write_text("{")
+    command = ["serve", "--model", "/nowhere", "--port", "0", "--state-dir", str(tmp_path)]
+    assert cli.main(command) == 2
+    said = capsys.readouterr().err
+    assert f"{damaged} is damaged" in said
+    assert "/nowhere" not in said
+    damaged.unlink()
+    assert cli.main(command) != 0  # it was let go of: the next thing that is wrong is told
+    assert "/nowhere" in capsys.readouterr().err
+
+
 def test_compiling_is_told_of_where_there_is_no_bar(monkeypatch, capsys):
     monkeypatch.setattr(serve, "_SAY_EVERY", -1.0)
     serve._warm_up(parse(), FakeLLM())

@@ -246,6 +246,7 @@ qwen_jax.server.service
 qwen_jax.server.answers
 qwen_jax.server.files
 qwen_jax.server.batches
+qwen_jax.server.storage
 qwen_jax.server.batch_worker
 qwen_jax.server.storage_routes
 qwen_jax.server.routes

@@ -17,6 +17,7 @@ from qwen_jax.demo import DEMO, NAME
 
 if TYPE_CHECKING:
     from qwen_jax.server.settings import Settings
+    from qwen_jax.server.storage import Storage
 
 EXAMPLE = "qwen-jax serve --model Qwen/Qwen3-0.6B --port 8000 --api-key secret"
 
@@ -89,14 +90,18 @@ def run(args: argparse.Namespace) -> int:
     wanted = options.llm_options(args)
     from qwen_jax.commands import session
 
-    settings = address = None
+    settings = address = storage = None
     with contextlib.ExitStack() as held:
         if processes.is_first():
             settings = _settings(args, wanted["model"])
             _check_address(args)
             address = held.enter_context(bind(args))
+            if settings.state is not None:
+                from qwen_jax.server.storage import Storage
+
+                storage = held.enter_context(contextlib.closing(Storage.open(settings.state)))
         llm = session.open_llm(args)
-        serve(args, llm, settings, address)
+        serve(args, llm, settings, address, storage)
     return 0
 
 
@@ -126,17 +131,19 @@ def serve(
     llm: Any,
     settings: "Settings | None",
     address: socket.socket | None,
+    storage: "Storage | None" = None,
 ) -> None:
     """Serves a model that is loaded, until a signal ends it.
 
     settings, address: None in a process that only helps process 0.
+    storage: of ``settings.state``; None: opened here.
     """
     from qwen_jax.engine.led import led
 
     def work() -> str:
         assert settings is not None
         assert address is not None
-        _answer(args, llm, settings, address)
+        _answer(args, llm, settings, address, storage)
         return ""
 
     try:
@@ -148,14 +155,18 @@ def serve(
 
 
 def _answer(
-    args: argparse.Namespace, llm: Any, settings: "Settings", address: socket.socket
+    args: argparse.Namespace,
+    llm: Any,
+    settings: "Settings",
+    address: socket.socket,
+    storage: "Storage | None",
 ) -> None:
     import uvicorn
 
     from qwen_jax.commands import session
     from qwen_jax.server.app import Server, make_app
 
-    service, app = make_app(llm, settings)
+    service, app = make_app(llm, settings, storage)
     config = uvicorn.Config(
         app,
         host=args.host,

@@ -15,22 +15,25 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from qwen_jax import durable
 from qwen_jax.openai.errors import ApiError
 from qwen_jax.openai.kinds import answer
 from qwen_jax.server.answers import json_response
 from qwen_jax.server.batch_worker import BatchWorker
-from qwen_jax.server.batches import BatchStore
-from qwen_jax.server.files import FileStore
 from qwen_jax.server.guard import Guard
 from qwen_jax.server.routes import package_version, routes
 from qwen_jax.server.service import Service
 from qwen_jax.server.settings import Settings
+from qwen_jax.server.storage import Storage
 from qwen_jax.server.storage_routes import batch_routes, file_routes
 
 
-def make_app(llm: Any, settings: Settings) -> tuple[Service, ASGIApp]:
+def make_app(
+    llm: Any, settings: Settings, storage: Storage | None = None
+) -> tuple[Service, ASGIApp]:
     """A server for a model, whose engine runs already.
+
+    storage: of ``settings.state``, if that was opened before the model was loaded; closed when the
+        service is shut.
 
     Raises:
         ValueError: the directory for files and batches is in use, or a file in it is damaged.
@@ -38,12 +41,16 @@ def make_app(llm: Any, settings: Settings) -> tuple[Service, ASGIApp]:
     service = Service(llm, settings)
     with contextlib.ExitStack() as unless_made:
         unless_made.callback(service.shut)
-        app = _make_app(service)
+        if storage is None and settings.state is not None:
+            storage = Storage.open(settings.state)
+        if storage is not None:
+            service.ends.callback(storage.close)
+        app = _make_app(service, storage)
         unless_made.pop_all()
     return service, app
 
 
-def _make_app(service: Service) -> ASGIApp:
+def _make_app(service: Service, storage: Storage | None) -> ASGIApp:
     settings, worker = service.settings, None
     app = FastAPI(
         title="qwen-jax",
@@ -52,12 +59,10 @@ def _make_app(service: Service) -> ASGIApp:
         openapi_url=None,  # OpenAI's own description of its API is the one that holds
     )
     app.include_router(routes(service))
-    if settings.state is not None:
-        service.ends.callback(durable.lock(settings.state).close)
-        files = FileStore(settings.state / "files")
-        batches = BatchStore(settings.state / "batches")
-        worker = _worker(service, files, batches)
-        app.include_router(file_routes(service, files, batches, settings.state))
+    if storage is not None:
+        files, batches = storage.files, storage.batches
+        worker = _worker(service, storage)
+        app.include_router(file_routes(service, files, batches, storage.folder))
         app.include_router(batch_routes(service, files, batches, worker))
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -70,10 +75,10 @@ def _make_app(service: Service) -> ASGIApp:
     )
 
 
-def _worker(service: Service, files: FileStore, batches: BatchStore) -> BatchWorker:
+def _worker(service: Service, storage: Storage) -> BatchWorker:
     return BatchWorker(
-        batches,
-        files,
+        storage.batches,
+        storage.files,
         functools.partial(answer, service.answerer),
         concurrency=service.settings.batch_concurrency,
         max_lines=service.settings.max_batch_lines,
