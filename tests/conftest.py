@@ -27,7 +27,7 @@ import pytest  # noqa: E402  (it may import JAX plugins)
 # Linux gives a process 65,530 memory maps, and each compiled program takes some of them: in one
 # process for all tests LLVM would abort for want of one.
 _MANY_MAPS = 20_000
-# The files that take longest begin: a process that is given one last works on while others are done.
+# The files that take longest begin: whoever is given one last works on when all others are done.
 _LONGEST = ("test_notebooks.py", "test_demo.py", "test_demo_everywhere.py", "test_job_led.py")
 
 
