@@ -151,30 +151,17 @@ def _processors() -> int:
 
 def short_shape(facts: Facts, sm_scale: float, interpret=None) -> Shape:
     """The kernel for tiles of one token."""
-    narrow_pages = jnp.dtype(facts.kv_dtype).itemsize == 1
-    return _shape(
-        facts,
-        sm_scale,
-        interpret,
-        block=64,
-        stages=4,
-        narrow_stages=3 if narrow_pages else 0,
-        split=True,
-    )
+    return _shape(facts, sm_scale, interpret, block=64, stages=4, split=True)
 
 
 def tall_shape(facts: Facts, sm_scale: float, interpret=None) -> Shape:
     """The kernel for tiles of many tokens of one row."""
-    narrow_pages = jnp.dtype(facts.kv_dtype).itemsize == 1
-    return _shape(
-        facts,
-        sm_scale,
-        interpret,
-        block=64 if narrow_pages else 128,
-        stages=3 if narrow_pages else 2,
-        narrow_stages=3 if narrow_pages else 0,
-        split=False,
-    )
+    block, stages = (64, 3) if _narrow(facts) else (128, 2)
+    return _shape(facts, sm_scale, interpret, block=block, stages=stages, split=False)
+
+
+def _narrow(facts: Facts) -> bool:
+    return jnp.dtype(facts.kv_dtype).itemsize == 1
 
 
 def _shape(facts: Facts, sm_scale: float, interpret, **how) -> Shape:
@@ -186,6 +173,7 @@ def _shape(facts: Facts, sm_scale: float, interpret, **how) -> Shape:
         cache=jnp.dtype(facts.kv_dtype),
         scaled=facts.scaled,
         sm_scale=sm_scale,
+        narrow_stages=3 if _narrow(facts) else 0,
         interpret=interpret,
         **how,
     )

@@ -25,7 +25,7 @@ class Shape:
         scaled: whether pages have scales.
         sm_scale: multiplies the scores.
         block: key positions of a step.
-        stages: slots of keys and values; a multiple of ``multipliers``.
+        stages: slots of keys and values; of split items a multiple of ``multipliers``.
         narrow_stages: slots of 8-bit keys and values; 0 for other pages.
         split: whether items are parts of a row, of one token each.
         multipliers: warpgroups that multiply.
