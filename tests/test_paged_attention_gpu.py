@@ -97,6 +97,17 @@ def test_a_long_row_is_shared_by_all_multiprocessors():
 
 
 @interpreted
+@pytest.mark.parametrize("cache", ["bfloat16, ratio 8, page 16", "fp8, ratio 12, page 32"])
+def test_slots_are_filled_again_and_again(cache, monkeypatch):
+    # One multiprocessor: 11 steps of the short row in 4 slots, and of the tall one 5 in 2 slots (in
+    # 8 bits 10 in 3).
+    alone = dataclasses.replace(hopper.info(H200.kind), multiprocessors=1)
+    monkeypatch.setattr(hopper, "info", lambda kind: alone)
+    page = CACHES[cache].page
+    check(make([1, 3], [700, 600], CACHES[cache], T=12, width=-(-700 // page)))
+
+
+@interpreted
 def test_peaked_scores_stay_exact():
     # Scores of hundreds: a score of size s carries s roundoffs of float32 into the exponent.
     batch = make([1, 1], [200, 100], CACHES["bfloat16, ratio 8, page 16"], width=13)
