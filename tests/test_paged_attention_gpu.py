@@ -99,7 +99,7 @@ def test_a_long_row_is_shared_by_all_multiprocessors():
 @interpreted
 @pytest.mark.parametrize("cache", ["bfloat16, ratio 8, page 16", "fp8, ratio 12, page 32"])
 def test_slots_are_filled_again_and_again(cache, monkeypatch):
-    # One multiprocessor: 11 steps of the short row in 4 slots, and of the tall one 5 in 2 slots (in
+    # One multiprocessor: 11 steps of the short row in 4 slots, and of the tall one 5 in 2 slots (of
     # 8 bits 10 in 3).
     alone = dataclasses.replace(hopper.info(H200.kind), multiprocessors=1)
     monkeypatch.setattr(hopper, "info", lambda kind: alone)
