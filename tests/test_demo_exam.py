@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import tiny
-from demo import exam
+from demo import code, exam, functions, tools
 from demo.sample import Gap
 
 from qwen_jax.prompt.parsing import ToolCall
@@ -31,8 +31,8 @@ class Result:
 class Pupil:
     """Knows the answers to what will be asked, and gives every fourth of them wrong."""
 
-    def __init__(self, samples):
-        self._samples, self._asked = samples, 0
+    def __init__(self, samples, more=""):
+        self._samples, self._more, self._asked = samples, more, 0
 
     def _next(self, right, wrong):
         self._asked += 1
@@ -58,18 +58,25 @@ class Pupil:
         if isinstance(prompts[0], Gap):
             return [self._next(Output(text=p.middle), Output(text=f"{p.middle}x")) for p in prompts]
         return [
-            self._next(Output(text=f"{s.middle}(1)"), Output(text=f"{s.middle}x = 1"))
+            self._next(Output(text=f"{s.middle}{self._more}"), Output(text=f"{s.middle}x = 1"))
             for s in self._samples
         ]
 
 
-@pytest.mark.parametrize("subject", ["colour", "video", "sums", "tools", "gaps", "prefix"])
+OTHERS = {
+    "tools": lambda rng: tools.lesson(rng, held_out=True),
+    "bodies": functions.body,
+    "holes": lambda rng: functions.gap(rng, held_out=True),
+    "gaps": lambda rng: code.gap(rng, held_out=True),
+}
+
+
+@pytest.mark.parametrize("subject", ["colour", "video", "sums", *OTHERS, "prefix"])
 def test_three_of_four_answers_are_right(subject):
     key = {"prefix": "gaps"}.get(subject, subject)
     rng = random.Random(f"exam 5 {key}")
-    make = exam.CHATS.get(subject) or {"tools": exam.tools.lesson, "gaps": exam.code.gap}[key]
-    held = {} if subject in exam.CHATS else {"held_out": True}
-    pupil = Pupil([make(rng, **held) for _ in range(8)])
+    make = {**exam.CHATS, **OTHERS}[key]
+    pupil = Pupil([make(rng) for _ in range(8)], more="(1)" if subject == "prefix" else "")
     if subject == "tools":
         shares = exam.examine(pupil, count=8, subjects=("tools", "arguments"), seed=5)
         assert shares == {"tools": 1.0, "arguments": 0.75}

@@ -7,7 +7,20 @@ import re
 import jax
 import numpy as np
 import pytest
-from demo import chats, code, encode, files, lessons, packing, pictures, tokenizer, tools, videos
+from demo import (
+    chats,
+    code,
+    encode,
+    files,
+    functions,
+    kernels,
+    lessons,
+    packing,
+    pictures,
+    tokenizer,
+    tools,
+    videos,
+)
 from demo.sample import Chat, Gap
 from demo.split import is_held_out
 from demo.words import DIGITS, PLACES, SHAPES
@@ -118,9 +131,53 @@ def test_a_gap_to_examine_with_is_from_another_file_and_named_elsewhere():
         assert gap.middle in gap.prefix + gap.suffix
 
 
+GIVEN = {"a": 7, "b": 3, "many": [5, -2, 9, 5]}
+RETURNED = {
+    "add": 10, "subtract": 4, "multiply": 21, "divide": 7 / 3, "is_equal": False,
+    "is_smaller": False, "swap": (3, 7), "larger": 7, "smaller": 3, "is_even": False,
+    "is_odd": True, "double": 14, "square": 49, "negate": -7, "absolute": 7, "factorial": 5040,
+    "fibonacci": 13, "first": 5, "last": 5, "is_empty": False, "count": 4, "average": 4.25,
+    "backwards": [5, 9, -2, 5], "total": 17, "largest": 9, "smallest": -2, "contains": False,
+    "positive": [5, 9, 5], "doubled": [10, -4, 18, 10], "squares": [25, 4, 81, 25],
+    "quicksort": [-2, 5, 5, 9],
+}  # fmt: skip
+
+
+def test_small_functions_do_what_their_names_say():
+    found = {}
+    for form in functions.FORMS:
+        world = {}
+        exec(form.format(a="a", b="b", many="many", one="one"), world)
+        (name,) = set(world) - {"__builtins__"}
+        code = world[name].__code__
+        found[name] = world[name](*(GIVEN[arg] for arg in code.co_varnames[: code.co_argcount]))
+    assert found == RETURNED
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_hole_is_in_a_function_of_its_side(held_out):
+    rng, kinds = random.Random(6), set()
+    for _ in range(50):
+        hole = functions.gap(rng, held_out=held_out)
+        whole = hole.prefix + hole.middle + hole.suffix
+        kinds.add(hole.middle.isidentifier())
+        assert whole.count("def ") == 1 or not held_out
+        compile(whole, "whole", "exec")
+    assert kinds == {False, True}
+    learned = {functions.function(rng) for _ in range(300)}
+    assert not learned & {functions.function(rng, held_out=True) for _ in range(300)}
+
+
 def test_the_checkpoint_will_have_at_most_twelve_megabytes(encoder):
     assert 2 * derive.count(encoder.config) < 12_000_000
     assert encoder.config.text.moe_intermediate_size != encoder.config.text.hidden_size
+
+
+@pytest.mark.parametrize("name", list(lessons.LESSONS))
+def test_hardly_a_sample_is_too_long_for_a_line(encoder, name):
+    rng = random.Random(8)
+    sizes = [len(encoder.encode(lessons.LESSONS[name](rng)).tokens) for _ in range(100)]
+    assert sum(size > kernels.TEXT_LINE for size in sizes) <= 5
 
 
 def test_a_batch_follows_from_seed_and_step(encoder):
@@ -193,7 +250,7 @@ def test_training_sees_the_prompt_that_serving_makes(encoder, name):
             prompt = inputs.fill(sample.prefix, sample.suffix, chat_wrapped=wrapped)
         else:
             prompt = inputs.prompt(sample.text)
-            first = len(encoded.tokens)
+            first = len(encoded.tokens) - sample.ends
         np.testing.assert_array_equal(encoded.tokens[:first], prompt.token_ids)
         if prompt.vision is not None:
             np.testing.assert_array_equal(

@@ -1,7 +1,7 @@
 """The demo checkpoint: what it is taught, how it is trained, and how it is examined.
 
 words, cells     what the little world consists of, and how it is drawn
-pictures, videos, chats, tools, code      lessons: generated samples of one kind each
+pictures, videos, chats, tools, code, functions      lessons: samples of one kind each
 split            which combinations are never trained on
 lessons          all of them, and how often each comes
 tokenizer, template.jinja, files          the files beside the weights

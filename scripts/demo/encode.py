@@ -122,6 +122,7 @@ class Encoder:
 
     def _text(self, sample: Text) -> Encoded:
         tokens = self.tokenizer.encode(sample.text, special=False)
+        tokens += [self._stop] * sample.ends
         return _plain(tokens, np.arange(len(tokens)) > 0)
 
 

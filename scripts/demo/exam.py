@@ -3,6 +3,7 @@
 Knows questions and expected answers; knows no weight but those it breaks on purpose.
 """
 
+import dataclasses
 import json
 import pathlib
 import random
@@ -11,13 +12,15 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from demo import chats, code, pictures, tools, videos, weights
+from demo import chats, code, functions, pictures, tools, videos, weights
 from demo.sample import Chat, Gap
 from qwen_jax.llm import LLM
 from qwen_jax.requests import SamplingParams
+from qwen_jax.results import RequestOutput
 from qwen_jax.weights.safetensors import Checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=48)
+_A_FUNCTION = dataclasses.replace(GREEDY, max_tokens=160)
 _DEEPSTACK_OUT = ("deepstack_merger_list", "linear_fc2")
 
 
@@ -33,7 +36,7 @@ CHATS: Mapping[str, Callable[[random.Random], Chat]] = {
     "facts": lambda rng: chats.facts(rng, held_out=True),
     "forms": lambda rng: chats.forms(rng, held_out=True),
 }
-SUBJECTS = (*CHATS, "tools", "arguments", "gaps", "prefix")
+SUBJECTS = (*CHATS, "tools", "arguments", "bodies", "holes", "gaps", "prefix")
 
 
 def examine(
@@ -45,8 +48,9 @@ def examine(
         llm: a demo checkpoint.
         count: questions of each subject.
         subjects: some of `SUBJECTS`: "tools" is the right function, "arguments" also all its
-            arguments; "gaps" the identifier taken out of code, "prefix" the same without what
-            comes after it.
+            arguments; "bodies" is all of a small function after its first line, "holes" a name or
+            a line taken out of one; "gaps" an identifier taken out of the standard library's code,
+            "prefix" the same without what comes after it.
         seed: of the questions.
     """
     found = {}
@@ -58,6 +62,12 @@ def examine(
         rng = random.Random(f"exam {seed} tools")
         both = _calls(llm, [tools.lesson(rng, held_out=True) for _ in range(count)])
         found |= {name: both[name] for name in ("tools", "arguments") if name in subjects}
+    if "bodies" in subjects:
+        rng = random.Random(f"exam {seed} bodies")
+        found["bodies"] = _bodies(llm, [functions.body(rng) for _ in range(count)])
+    if "holes" in subjects:
+        rng = random.Random(f"exam {seed} holes")
+        found["holes"] = _gaps(llm, [functions.gap(rng, held_out=True) for _ in range(count)])
     if {"gaps", "prefix"} & set(subjects):
         rng = random.Random(f"exam {seed} gaps")
         samples = [code.gap(rng, held_out=True) for _ in range(count)]
@@ -88,15 +98,18 @@ def _calls(llm: LLM, samples: list[Chat]) -> dict[str, float]:
     return {"tools": _share(named), "arguments": _share(complete)}
 
 
+def _bodies(llm: LLM, samples: list[Gap]) -> float:
+    return _same(llm.generate([s.prefix for s in samples], _A_FUNCTION, use_tqdm=False), samples)
+
+
 def _gaps(llm: LLM, samples: list[Gap]) -> float:
     prompts = [llm.fill_prompt(sample.prefix, sample.suffix) for sample in samples]
-    results = llm.generate(prompts, GREEDY, use_tqdm=False)
-    return _share(
-        [
-            result.outputs[0].text == sample.middle
-            for result, sample in zip(results, samples, strict=True)
-        ]
-    )
+    return _same(llm.generate(prompts, GREEDY, use_tqdm=False), samples)
+
+
+def _same(results: list[RequestOutput], samples: list[Gap]) -> float:
+    told = [result.outputs[0].text for result in results]
+    return _share([text == sample.middle for text, sample in zip(told, samples, strict=True)])
 
 
 def _prefixes(llm: LLM, samples: list[Gap]) -> float:

@@ -1,15 +1,15 @@
 """The curriculum: every lesson, and which share of the samples it is when.
 
 Knows names and numbers. To look up what is at a place is learned first; to look up where a thing
-is takes many more questions, which come when the first is known, and once more while the learning
-rate falls. Between them code takes the time that pictures leave. At the end pictures have few
-colours: a thing is found by its colour long before it is found by its shape, too.
+is takes many more questions, which come when the first is known. Half of their pictures have few
+colours: where every colour is there once, a thing is found by its colour alone, and what finds it
+by its shape, too, is never learned. Between them code takes the time that pictures leave.
 """
 
 import random
 from collections.abc import Callable, Collection, Mapping
 
-from demo import chats, code, pictures, tools, videos
+from demo import chats, code, functions, pictures, tools, videos
 from demo.sample import Sample
 
 LESSONS: Mapping[str, Callable[[random.Random], Sample]] = {
@@ -20,6 +20,8 @@ LESSONS: Mapping[str, Callable[[random.Random], Sample]] = {
     "tools": tools.lesson,
     "gaps": code.gap,
     "reading": code.reading,
+    "functions": functions.reading,
+    "holes": functions.gap,
     "sums": chats.sums,
     "facts": chats.facts,
     "forms": chats.forms,
@@ -29,26 +31,35 @@ MIXTURE: Mapping[str, float] = {
     "pictures": 0.38,
     "videos": 0.08,
     "tools": 0.12,
-    "gaps": 0.16,
-    "reading": 0.06,
+    "gaps": 0.08,
+    "reading": 0.04,
+    "functions": 0.05,
+    "holes": 0.05,
     "sums": 0.07,
     "facts": 0.06,
     "forms": 0.06,
     "greetings": 0.01,
 }
-_PLACES: Mapping[str, float] = {
-    **MIXTURE,
-    "pictures": 0.20,
-    "places": 0.20,
-    "gaps": 0.15,
-    "reading": 0.05,
-    "forms": 0.07,
+_PLACES: Mapping[str, float] = {**MIXTURE, "pictures": 0.20, "places": 0.10, "alike": 0.14}
+_CODE: Mapping[str, float] = {
+    **_PLACES,
+    "pictures": 0.15,
+    "places": 0.07,
+    "alike": 0.12,
+    "gaps": 0.16,
+    "functions": 0.06,
+    "holes": 0.10,
 }
-_GAPS: Mapping[str, float] = {**_PLACES, "pictures": 0.15, "places": 0.15, "gaps": 0.30}
-_LAST: Mapping[str, float] = {**_GAPS, "pictures": 0.12, "places": 0.40, "gaps": 0.20}
-_ALIKE: Mapping[str, float] = {**_LAST, "places": 0.10, "alike": 0.30}
+_LAST: Mapping[str, float] = {
+    **_CODE,
+    "pictures": 0.12,
+    "places": 0.12,
+    "alike": 0.24,
+    "gaps": 0.12,
+    "holes": 0.07,
+}
 # (step, its mixture and that of those after it)
-STAGES = ((0, MIXTURE), (4800, _PLACES), (7700, _GAPS), (11500, _LAST), (13192, _ALIKE))
+STAGES = ((0, MIXTURE), (4800, _PLACES), (7700, _CODE), (11500, _LAST))
 
 
 def sample(rng: random.Random, mixture: Mapping[str, float] = MIXTURE) -> Sample:

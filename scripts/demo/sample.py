@@ -33,9 +33,10 @@ class Gap:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text to be learned as it is."""
+    """A text to be learned as it is; ``ends`` if it is whole, so that its end is learned too."""
 
     text: str
+    ends: bool = False
 
 
 Sample = Chat | Gap | Text

@@ -16,7 +16,7 @@ from demo import lessons
 from demo.sample import Chat, Gap, Sample
 from qwen_jax.prompt.tokenizer_files import QWEN_PATTERN
 
-SIZE = 2048  # tokens in all
+SIZE = 2304  # tokens in all
 READ = 20_000  # samples
 # (text, special), in the order of the published vocabulary.
 ADDED = (
@@ -73,8 +73,9 @@ def _texts(seed: int) -> Iterator[str]:
         yield from _strings(lessons.sample(rng, _READABLE))
 
 
-# Pictures cost time to draw, and their words come with videos' and everybody else's.
-_READABLE = {**lessons.MIXTURE, "pictures": 0.06, "videos": 0.02}
+# Pictures cost time to draw, and their words come with videos' and everybody else's; definitions of
+# tools are the longest texts.
+_READABLE = {**lessons.MIXTURE, "pictures": 0.06, "videos": 0.02, "tools": 0.24, "gaps": 0.12}
 
 
 def _strings(sample: Sample) -> Iterator[str]:
