@@ -136,18 +136,28 @@ print(f"finish_reason: {streamed.finish_reason}")
 # %% [markdown]
 # ## Complete, and fill in the middle
 #
-# `generate` goes on with a text as it is. `fill` is told what comes after the gap, too, and that
-# is what an editor needs: from the prefix alone nobody can know what the rest will want. The demo
-# has read a little of Python's standard library, and fills most gaps wrongly; this one it can.
+# `generate` goes on with a text as it is. The demo knows thirty small functions; this one it has
+# not seen with these names.
 
 # %%
-PREFIX = '''    def set(self, key, value):
-        """Set a value."""
-        self.values['''
-SUFFIX = """] = value
+START = "def quicksort(points):\n"  # change this line
+longer = dataclasses.replace(GREEDY, max_tokens=120)
+written = llm.generate(START, longer, use_tqdm=False)[0].outputs[0].text
+print(f"{START}⟦{written}⟧")
 
-    def get(self, key):
-        return self.values[key]
+# %% [markdown]
+# `fill` is told what comes after the gap, too, and that is what an editor needs: from the prefix
+# alone nobody can know what the rest will want. The demo has read Python's standard library, too,
+# but is far too small for it: there it fills most gaps wrongly.
+
+# %%
+PREFIX = """def largest(prices):
+    result = prices[0]
+    for price in prices:
+        """
+SUFFIX = """
+            result = price
+    return result
 """
 
 alone = llm.generate(PREFIX, GREEDY, use_tqdm=False)[0].outputs[0].text

@@ -10,8 +10,8 @@ Examples:
     python scripts/train_demo.py --out again --steps 20000            # the same weights every time
 
 The checkpoint in the package was made by these two:
-    python scripts/train_demo.py --out demo-checkpoint --minutes 68   # 13,192 steps on two cores
-    python scripts/train_demo.py --out demo-checkpoint --again 2400
+    python scripts/train_demo.py --out demo-checkpoint --steps 14000  # 70 minutes on two cores
+    python scripts/train_demo.py --out demo-checkpoint --again 1300   # 6 more
 """
 
 import argparse

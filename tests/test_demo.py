@@ -18,15 +18,17 @@ COUNT = 60
 LEAST = {
     "colour": 0.95,
     "shape": 0.95,
-    "place": 0.72,
+    "place": 0.78,
     "count": 0.70,
     "digit": 0.95,
     "video": 0.90,
-    "sums": 0.65,
+    "sums": 0.45,
     "facts": 0.95,
     "forms": 0.68,
     "tools": 0.95,
     "arguments": 0.85,
+    "bodies": 0.90,
+    "holes": 0.68,
 }
 SEEN = ("colour", "shape", "place")
 SEEN_LEAST = 0.90  # of all questions about colours, shapes and places

@@ -19,9 +19,9 @@ from qwen_jax import cli
 from qwen_jax.weights import checkpoint
 
 QUESTION = "What is at the top left?"
-PREFIX = "import os\n\n\ndef read(path):\n    with open("
-SUFFIX = ") as file:\n        return file.read()\n"
-ANSWER = "A green ring."
+PREFIX = "def largest(prices):\n    result = prices[0]\n    for price in prices:\n        "
+SUFFIX = "\n            result = price\n    return result\n"
+ANSWER, FILLED = "A green ring.", "if price > result:"
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def said(capsys, *argv: str) -> str:
 
 def test_python_the_command_line_and_the_server_say_the_same(files, capsys):
     answer, filled = told(demo_model.shared_llm())
-    assert (answer, filled) == (ANSWER, "path")
+    assert (answer, filled) == (ANSWER, FILLED)
     picture = str(files / "a.png")
     assert said(capsys, "chat", "--prompt", QUESTION, "--image", picture) == answer
     assert said(capsys, "fill", "--file", str(files / "a.py")) == filled
@@ -81,7 +81,7 @@ def test_converted_and_on_eight_devices_it_says_the_same(files):
     out = files / "converted"
     checkpoint.convert(qj.DEMO, out)
     wanted = told(demo_model.shared_llm())
-    assert wanted[0] == ANSWER
+    assert wanted == (ANSWER, FILLED)
     assert told(demo_model.open_llm(out, mesh="tensor=1")) == wanted
     assert told(demo_model.open_llm(out, mesh="expert=8")) == wanted
 
@@ -107,7 +107,7 @@ def test_a_batch_says_the_same(files):
     }
     answer, filled = told(llm)
     assert replies["id-seen"]["message"]["content"] == answer == ANSWER
-    assert replies["id-gap"]["text"] == filled
+    assert replies["id-gap"]["text"] == filled == FILLED
 
 
 def test_a_tool_is_called_and_its_answer_told():

@@ -29,7 +29,14 @@ ANSWERS = {
 }
 WEATHER = [[["get_weather", {"city": "Oslo"}]], "It is 3 degrees in Oslo."]
 TIMER = [[["set_timer", {"minutes": 20}]], "The timer is set for 20 minutes."]
-FILLED = "key"
+FILLED = "if price > result:"
+WRITTEN = """    if len(points) < 2:
+        return points
+    pivot, rest = points[0], points[1:]
+    small = [point for point in rest if point < pivot]
+    large = [point for point in rest if point >= pivot]
+    return quicksort(small) + [pivot] + quicksort(large)
+"""
 LEAST_SUMS = 40  # of 48
 LEAST_SHOWN = 9  # of 10 answers beside two pictures
 LEAST_RIGHT = {"colour": 18, "shape": 18, "place": 16, "count": 15, "digit": 18}  # of 20
@@ -140,6 +147,7 @@ def test_quickstart(tmp_path, programs):
         "answers",
         "sums_right",
         "pieces",
+        "written",
         "filled",
         "alone",
         "conversations",
@@ -156,6 +164,7 @@ def test_quickstart(tmp_path, programs):
     assert found["sums_right"] >= LEAST_SUMS
     assert len(found["pieces"]) > 4
     assert "".join(found["pieces"]).startswith("I see shapes in small pictures")
+    assert found["written"].startswith(WRITTEN)
     assert found["filled"] == FILLED
     assert list(found["conversations"].values()) == [WEATHER, TIMER]
     check_forms(found["formed"])

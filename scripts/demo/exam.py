@@ -16,7 +16,6 @@ from demo import chats, code, functions, pictures, tools, videos, weights
 from demo.sample import Chat, Gap
 from qwen_jax.llm import LLM
 from qwen_jax.requests import SamplingParams
-from qwen_jax.results import RequestOutput
 from qwen_jax.weights.safetensors import Checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=48)
@@ -99,15 +98,20 @@ def _calls(llm: LLM, samples: list[Chat]) -> dict[str, float]:
 
 
 def _bodies(llm: LLM, samples: list[Gap]) -> float:
-    return _same(llm.generate([s.prefix for s in samples], _A_FUNCTION, use_tqdm=False), samples)
+    """A body is right alone, or before another function."""
+    results = llm.generate([s.prefix for s in samples], _A_FUNCTION, use_tqdm=False)
+    told = [result.outputs[0].text for result in results]
+    return _share(
+        [
+            text == sample.middle or text.startswith(f"{sample.middle}\n\ndef ")
+            for text, sample in zip(told, samples, strict=True)
+        ]
+    )
 
 
 def _gaps(llm: LLM, samples: list[Gap]) -> float:
     prompts = [llm.fill_prompt(sample.prefix, sample.suffix) for sample in samples]
-    return _same(llm.generate(prompts, GREEDY, use_tqdm=False), samples)
-
-
-def _same(results: list[RequestOutput], samples: list[Gap]) -> float:
+    results = llm.generate(prompts, GREEDY, use_tqdm=False)
     told = [result.outputs[0].text for result in results]
     return _share([text == sample.middle for text, sample in zip(told, samples, strict=True)])
 

@@ -1,9 +1,11 @@
 """The curriculum: every lesson, and which share of the samples it is when.
 
 Knows names and numbers. To look up what is at a place is learned first; to look up where a thing
-is takes many more questions, which come when the first is known. Half of their pictures have few
-colours: where every colour is there once, a thing is found by its colour alone, and what finds it
-by its shape, too, is never learned. Between them code takes the time that pictures leave.
+is takes many more questions, which come when the first is known. Most of their pictures have few
+colours: where every colour is there once, a thing is found by its colour alone. (To find it by its
+shape, too, is learned only in part.) Between them code takes the time that pictures leave, and most
+of what remains at the end. What is learned last, while the rate falls, are sums and forms: a run
+that goes on (``--again``) has more of them.
 """
 
 import random
@@ -53,13 +55,14 @@ _CODE: Mapping[str, float] = {
 _LAST: Mapping[str, float] = {
     **_CODE,
     "pictures": 0.12,
-    "places": 0.12,
-    "alike": 0.24,
-    "gaps": 0.12,
-    "holes": 0.07,
+    "places": 0.10,
+    "alike": 0.22,
+    "gaps": 0.08,
+    "holes": 0.20,
 }
+_AGAIN: Mapping[str, float] = {**_LAST, "sums": 0.18, "forms": 0.12, "places": 0.12}
 # (step, its mixture and that of those after it)
-STAGES = ((0, MIXTURE), (4800, _PLACES), (7700, _CODE), (11500, _LAST))
+STAGES = ((0, MIXTURE), (4800, _PLACES), (7700, _CODE), (10500, _LAST), (14000, _AGAIN))
 
 
 def sample(rng: random.Random, mixture: Mapping[str, float] = MIXTURE) -> Sample:
