@@ -92,11 +92,12 @@ def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(capsys):
     assert "/nowhere" not in said
 
 
-def test_damaged_state_is_told_before_a_model_is_loaded(tmp_path, capsys):
+def test_damaged_state_is_told_before_a_model_is_loaded(process_as_before, tmp_path, capsys):
     damaged = tmp_path / "batches" / f"batch_{'0' * 32}.json"
     damaged.parent.mkdir()
     damaged.write_text("{")
     command = ["serve", "--model", "/nowhere", "--port", "0", "--state-dir", str(tmp_path)]
+    command.append("--compilation-cache=off")
     assert cli.main(command) == 2
     said = capsys.readouterr().err
     assert f"{damaged} is damaged" in said
