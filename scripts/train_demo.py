@@ -9,9 +9,8 @@ Examples:
     python scripts/train_demo.py --out trial --minutes 8 --lessons pictures
     python scripts/train_demo.py --out again --steps 20000            # the same weights every time
 
-The checkpoint in the package was made by these two:
+The checkpoint in the package was made by this:
     python scripts/train_demo.py --out demo-checkpoint --steps 14000  # 70 minutes on two cores
-    python scripts/train_demo.py --out demo-checkpoint --again 1300   # 6 more
 """
 
 import argparse

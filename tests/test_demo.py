@@ -70,8 +70,14 @@ def test_quantised_it_answers_nearly_as_well(whole, quantization):
 
 def test_every_expert_is_used():
     llm = demo_model.shared_llm()
-    texts = ["What is 3 + 4?", "Where does Mira live?", "import os\n\n\ndef main(argv):\n    "]
-    texts.append("def first(lines):\n    return lines[0]\n\n\ndef double(x):\n    return 2 * x\n")
+    texts = [
+        "What is 3 + 4?",
+        "Where does Mira live?",
+        "Where is the red ring? Which digit is at the top left?",
+        "Give apple, river and key as a JSON list.",
+        "import os\n\n\ndef main(argv):\n    ",
+        "def last(rows):\n    return rows[-1]\n\n\ndef double(x):\n    return 2 * x\n",
+    ]
     prompts = [llm.tokenizer.encode(text) for text in texts]
     routed = qj.routing(llm.params, llm.config, prompts, runtime=llm.runtime)
     for layer in range(llm.config.text.num_hidden_layers):

@@ -2,8 +2,10 @@
 a mesh of eight devices, and a batch."""
 
 import base64
+import dataclasses
 import io
 import json
+import pathlib
 import random
 
 import demo_model
@@ -18,6 +20,7 @@ import qwen_jax as qj
 from qwen_jax import cli
 from qwen_jax.weights import checkpoint
 
+ROOT = pathlib.Path(__file__).parents[1]
 QUESTION = "What is at the top left?"
 PREFIX = "def largest(prices):\n    result = prices[0]\n    for price in prices:\n        "
 SUFFIX = "\n            result = price\n    return result\n"
@@ -75,6 +78,20 @@ def test_python_the_command_line_and_the_server_say_the_same(files, capsys):
     body = {"model": "tiny", "prompt": PREFIX, "suffix": SUFFIX, "temperature": 0}
     found = ask(demo_model.shared_llm(), "POST", "/v1/completions", json=body).json()
     assert found["choices"][0]["text"] == filled
+
+
+def test_the_readme_shows_what_its_first_command_prints():
+    llm, shapes = demo_model.shared_llm(), Image.open(ROOT / "notebooks" / "shapes.png")
+    longer = dataclasses.replace(demo_model.GREEDY, max_tokens=160)
+    until = dataclasses.replace(longer, stop=["def"])
+    (written,) = llm.generate("def quicksort", until, use_tqdm=False)
+    question = [{"type": "image", "image": np.asarray(shapes.convert("RGB"))}]
+    question.append({"type": "text", "text": "Describe the picture."})
+    (seen,) = llm.chat([{"role": "user", "content": question}], longer, use_tqdm=False)
+    (filled,) = llm.fill(PREFIX, SUFFIX, longer)
+    readme = (ROOT / "README.md").read_text()
+    printed = [written.outputs[0].text, seen.outputs[0].content, filled.outputs[0].text]
+    assert "\n".join(f"{text.rstrip()}\n" for text in printed[:2]) + printed[2] in readme
 
 
 def test_converted_and_on_eight_devices_it_says_the_same(files):

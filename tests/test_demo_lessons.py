@@ -103,7 +103,7 @@ def test_every_stage_has_its_mixture():
         assert lessons.mixture_at(step) == mixture
         assert step == 0 or lessons.mixture_at(step - 1) != mixture
     assert set(lessons.STAGES[-1][1]) == set(lessons.LESSONS)
-    assert lessons.mixture_at(0, ["sums", "tools"]) == {"sums": 0.18, "tools": 0.12}
+    assert lessons.mixture_at(0, ["sums", "tools"]) == {"sums": 0.07, "tools": 0.12}
     with pytest.raises(ValueError, match=r"lessons \['summs'\] are unknown; there are pictures"):
         lessons.mixture_at(0, ["summs"])
 

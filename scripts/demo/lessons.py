@@ -4,8 +4,7 @@ Knows names and numbers. To look up what is at a place is learned first; to look
 is takes many more questions, which come when the first is known. Most of their pictures have few
 colours: where every colour is there once, a thing is found by its colour alone. (To find it by its
 shape, too, is learned only in part.) Between them code takes the time that pictures leave, and most
-of what remains at the end. What is learned last, while the rate falls, are sums and forms: a run
-that goes on (``--again``) has more of them.
+of what remains at the end.
 """
 
 import random
@@ -60,9 +59,8 @@ _LAST: Mapping[str, float] = {
     "gaps": 0.08,
     "holes": 0.20,
 }
-_AGAIN: Mapping[str, float] = {**_LAST, "sums": 0.18, "forms": 0.12, "places": 0.12}
 # (step, its mixture and that of those after it)
-STAGES = ((0, MIXTURE), (4800, _PLACES), (7700, _CODE), (10500, _LAST), (14000, _AGAIN))
+STAGES = ((0, MIXTURE), (4800, _PLACES), (7700, _CODE), (10500, _LAST))
 
 
 def sample(rng: random.Random, mixture: Mapping[str, float] = MIXTURE) -> Sample:
