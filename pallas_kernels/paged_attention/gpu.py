@@ -156,12 +156,8 @@ def short_shape(facts: Facts, sm_scale: float, interpret=None) -> Shape:
 
 def tall_shape(facts: Facts, sm_scale: float, interpret=None) -> Shape:
     """The kernel for tiles of many tokens of one row."""
-    block, stages = (64, 3) if _narrow(facts) else (128, 2)
+    block, stages = (64, 3) if jnp.dtype(facts.kv_dtype).itemsize == 1 else (128, 2)
     return _shape(facts, sm_scale, interpret, block=block, stages=stages, split=False)
-
-
-def _narrow(facts: Facts) -> bool:
-    return jnp.dtype(facts.kv_dtype).itemsize == 1
 
 
 def _shape(facts: Facts, sm_scale: float, interpret, **how) -> Shape:
@@ -173,7 +169,6 @@ def _shape(facts: Facts, sm_scale: float, interpret, **how) -> Shape:
         cache=jnp.dtype(facts.kv_dtype),
         scaled=facts.scaled,
         sm_scale=sm_scale,
-        narrow_stages=3 if _narrow(facts) else 0,
         interpret=interpret,
         **how,
     )

@@ -26,7 +26,6 @@ class Shape:
         sm_scale: multiplies the scores.
         block: key positions of a step.
         stages: slots of keys and values; of split items a multiple of ``multipliers``.
-        narrow_stages: slots of 8-bit keys and values; 0 for other pages.
         split: whether items are parts of a row, of one token each.
         multipliers: warpgroups that multiply.
         interpret: as `plgpu.kernel` takes it.
@@ -41,7 +40,6 @@ class Shape:
     sm_scale: float
     block: int
     stages: int
-    narrow_stages: int
     split: bool
     multipliers: int = 2
     interpret: object = None
@@ -70,6 +68,11 @@ class Shape:
     def narrow(self) -> bool:
         """Whether pages are widened before they are multiplied."""
         return self.cache.itemsize == 1
+
+    @property
+    def narrow_stages(self) -> int:
+        """Slots of 8-bit keys and values; 0 for other pages."""
+        return 3 if self.narrow else 0
 
 
 @dataclasses.dataclass(frozen=True)
