@@ -136,7 +136,7 @@ def serve(
     """Serves a model that is loaded, until a signal ends it.
 
     settings, address: None in a process that only helps process 0.
-    storage: of ``settings.state``; None: opened here.
+    storage: of ``settings.state``, already open; None where there is none.
     """
     from qwen_jax.engine.led import led
 

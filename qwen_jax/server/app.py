@@ -32,8 +32,8 @@ def make_app(
 ) -> tuple[Service, ASGIApp]:
     """A server for a model, whose engine runs already.
 
-    storage: of ``settings.state``, if that was opened before the model was loaded; closed when the
-        service is shut.
+    storage: of ``settings.state``, if that was opened before the model was loaded: whoever opened
+        it closes it. One that is opened here is closed when the service is shut.
 
     Raises:
         ValueError: the directory for files and batches is in use, or a file in it is damaged.
@@ -43,7 +43,6 @@ def make_app(
         unless_made.callback(service.shut)
         if storage is None and settings.state is not None:
             storage = Storage.open(settings.state)
-        if storage is not None:
             service.ends.callback(storage.close)
         app = _make_app(service, storage)
         unless_made.pop_all()

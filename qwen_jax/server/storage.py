@@ -36,5 +36,5 @@ class Storage:
             raise
 
     def close(self) -> None:
-        """Lets go of it; nothing if that was done before."""
+        """Lets go of it."""
         self._held.close()
