@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import tiny
-from demo import code, exam, functions, tools
+from demo import exam, tools
 from demo.sample import Gap
 
 from qwen_jax.prompt.parsing import ToolCall
@@ -63,19 +63,13 @@ class Pupil:
         ]
 
 
-OTHERS = {
-    "tools": lambda rng: tools.lesson(rng, held_out=True),
-    "bodies": functions.body,
-    "holes": lambda rng: functions.gap(rng, held_out=True),
-    "gaps": lambda rng: code.gap(rng, held_out=True),
-}
+MAKES = {**exam.CHATS, **exam.CODE, "tools": lambda rng: tools.lesson(rng, held_out=True)}
 
 
-@pytest.mark.parametrize("subject", ["colour", "video", "sums", *OTHERS, "prefix"])
+@pytest.mark.parametrize("subject", ["colour", "video", "sums", "tools", *exam.CODE])
 def test_three_of_four_answers_are_right(subject):
     key = {"prefix": "gaps"}.get(subject, subject)
-    rng = random.Random(f"exam 5 {key}")
-    make = {**exam.CHATS, **OTHERS}[key]
+    rng, make = random.Random(f"exam 5 {key}"), MAKES[key]
     pupil = Pupil([make(rng) for _ in range(8)], more="(1)" if subject == "prefix" else "")
     if subject == "tools":
         shares = exam.examine(pupil, count=8, subjects=("tools", "arguments"), seed=5)

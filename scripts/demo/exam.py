@@ -35,7 +35,15 @@ CHATS: Mapping[str, Callable[[random.Random], Chat]] = {
     "facts": lambda rng: chats.facts(rng, held_out=True),
     "forms": lambda rng: chats.forms(rng, held_out=True),
 }
-SUBJECTS = (*CHATS, "tools", "arguments", "bodies", "holes", "gaps", "prefix")
+# Subject -> held-out code, of which `Gap.middle` is to be written.
+CODE: Mapping[str, Callable[[random.Random], Gap]] = {
+    "bodies": functions.body,
+    "holes": lambda rng: functions.gap(rng, held_out=True),
+    "gaps": lambda rng: code.gap(rng, held_out=True),
+    "prefix": lambda rng: code.gap(rng, held_out=True),
+}
+SUBJECTS = (*CHATS, "tools", "arguments", *CODE)
+_SAME_QUESTIONS = {"arguments": "tools", "prefix": "gaps"}
 
 
 def examine(
@@ -54,27 +62,14 @@ def examine(
     """
     found = {}
     for subject in subjects:
-        rng = random.Random(f"exam {seed} {'tools' if subject == 'arguments' else subject}")
+        rng = random.Random(f"exam {seed} {_SAME_QUESTIONS.get(subject, subject)}")
         if subject in CHATS:
             found[subject] = _chats(llm, [CHATS[subject](rng) for _ in range(count)])
-    if {"tools", "arguments"} & set(subjects):
-        rng = random.Random(f"exam {seed} tools")
-        both = _calls(llm, [tools.lesson(rng, held_out=True) for _ in range(count)])
-        found |= {name: both[name] for name in ("tools", "arguments") if name in subjects}
-    if "bodies" in subjects:
-        rng = random.Random(f"exam {seed} bodies")
-        found["bodies"] = _bodies(llm, [functions.body(rng) for _ in range(count)])
-    if "holes" in subjects:
-        rng = random.Random(f"exam {seed} holes")
-        found["holes"] = _gaps(llm, [functions.gap(rng, held_out=True) for _ in range(count)])
-    if {"gaps", "prefix"} & set(subjects):
-        rng = random.Random(f"exam {seed} gaps")
-        samples = [code.gap(rng, held_out=True) for _ in range(count)]
-        if "gaps" in subjects:
-            found["gaps"] = _gaps(llm, samples)
-        if "prefix" in subjects:
-            found["prefix"] = _prefixes(llm, samples)
-    return found
+        elif subject in CODE:
+            found[subject] = _GRADES[subject](llm, [CODE[subject](rng) for _ in range(count)])
+        elif subject not in found:  # both of tools are graded at once
+            found |= _calls(llm, [tools.lesson(rng, held_out=True) for _ in range(count)])
+    return {subject: found[subject] for subject in subjects}
 
 
 def _chats(llm: LLM, samples: list[Chat]) -> float:
@@ -99,8 +94,7 @@ def _calls(llm: LLM, samples: list[Chat]) -> dict[str, float]:
 
 def _bodies(llm: LLM, samples: list[Gap]) -> float:
     """A body is right alone, or before another function."""
-    results = llm.generate([s.prefix for s in samples], _A_FUNCTION, use_tqdm=False)
-    told = [result.outputs[0].text for result in results]
+    told = _texts(llm, [sample.prefix for sample in samples], _A_FUNCTION)
     return _share(
         [
             text == sample.middle or text.startswith(f"{sample.middle}\n\ndef ")
@@ -110,21 +104,25 @@ def _bodies(llm: LLM, samples: list[Gap]) -> float:
 
 
 def _gaps(llm: LLM, samples: list[Gap]) -> float:
-    prompts = [llm.fill_prompt(sample.prefix, sample.suffix) for sample in samples]
-    results = llm.generate(prompts, GREEDY, use_tqdm=False)
-    told = [result.outputs[0].text for result in results]
+    told = _texts(llm, [llm.fill_prompt(sample.prefix, sample.suffix) for sample in samples])
     return _share([text == sample.middle for text, sample in zip(told, samples, strict=True)])
 
 
 def _prefixes(llm: LLM, samples: list[Gap]) -> float:
     """The identifier is right if it is what the text goes on with, up to its end."""
-    results = llm.generate([sample.prefix for sample in samples], GREEDY, use_tqdm=False)
     right = []
-    for result, sample in zip(results, samples, strict=True):
-        text, size = result.outputs[0].text, len(sample.middle)
+    for text, sample in zip(_texts(llm, [s.prefix for s in samples]), samples, strict=True):
+        size = len(sample.middle)
         ends = not (text[size : size + 1].isalnum() or text[size : size + 1] == "_")
         right.append(text.startswith(sample.middle) and ends)
     return _share(right)
+
+
+_GRADES = {"bodies": _bodies, "holes": _gaps, "gaps": _gaps, "prefix": _prefixes}
+
+
+def _texts(llm: LLM, prompts: list, params: SamplingParams = GREEDY) -> list[str]:
+    return [result.outputs[0].text for result in llm.generate(prompts, params, use_tqdm=False)]
 
 
 def _share(right: list[bool]) -> float:

@@ -67,7 +67,7 @@ LISTS = (
 )
 MOST = 3  # functions in a text
 _WORD = re.compile(r"[A-Za-z_]\w*")
-_LINE = re.compile(r"(?<=\n)( +)(.+)")
+_LINE = re.compile(r"(?<=\n) +(.+)")
 
 
 def function(rng: random.Random, *, held_out: bool = False) -> str:
@@ -99,7 +99,7 @@ def gap(rng: random.Random, *, held_out: bool = False) -> Gap:
         words = [m for m in _WORD.finditer(text) if not keyword.iskeyword(m.group())]
         first, last = rng.choice(words).span()
     else:
-        first, last = rng.choice(list(_LINE.finditer(text))).span(2)
+        first, last = rng.choice(list(_LINE.finditer(text))).span(1)
     others = [] if held_out else [function(rng) for _ in range(rng.randint(0, MOST - 1))]
     at = rng.randint(0, len(others))
     before = "".join(f"{other}\n\n" for other in others[:at])

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from demo import code, exam, functions, packing, tools, training
+from demo import exam, packing, tools, training
 from demo.encode import Encoder
 from demo.sample import Sample
 from qwen_jax.runtime import Runtime
@@ -22,8 +22,7 @@ from qwen_jax.weights.params import Weights
 SUBJECTS: Mapping[str, Callable[[random.Random], Sample]] = {
     **exam.CHATS,
     "tools": lambda rng: tools.lesson(rng, held_out=True),
-    "holes": lambda rng: functions.gap(rng, held_out=True),
-    "gaps": lambda rng: code.gap(rng, held_out=True),
+    **{name: exam.CODE[name] for name in ("holes", "gaps")},
 }
 
 
