@@ -27,13 +27,20 @@ MODELS = {
     # The random model that the CPU benchmark times beside transformers.
     "cpu-bench": (16, 4, 64),
 }
-PUBLISHED = ("0.6B", "8B", "30B-A3B", "235B-A22B", "480B-A35B")
 KERNELS = {"tpu": tpu.IMPL, "gpu": gpu.IMPL}
 # Shard: ways the heads are split.
 SHARDS = {"whole": 1, "tp4": 4, "tp8": 8}
-# Form of the cache: its dtype, whether it has scales, and page sizes.
+# The published models, and how their heads are split. Whole ones are rows' own, with many experts.
+PUBLISHED = {
+    "0.6B": ("whole",),
+    "8B": ("whole", "tp4"),
+    "30B-A3B": ("whole", "tp4", "tp8"),
+    "235B-A22B": ("whole", "tp4", "tp8"),
+    "480B-A35B": ("whole", "tp4", "tp8"),
+}
+# Form of the cache: its dtype, whether it has scales, and page sizes, the usual one first.
 FORMS = {
-    "bf16": ("bfloat16", False, (16, 64, 256)),
+    "bf16": ("bfloat16", False, (64, 16, 256)),
     "fp8": ("float8_e4m3fn", True, (128, 256)),
     "int8": ("int8", True, (128,)),
 }
@@ -51,6 +58,7 @@ BATCHES = {
     "chunk-512-of-8192": ((512,), (8192,)),
     "mixed": ((1,) * 31 + (480,), (1024,) * 31 + (480,)),
 }
+OF_EVERY_SIZE = ("decode-32", "prefill-2048", "mixed")  # not only with pages of the usual size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +113,16 @@ def _calls(device: Device) -> Iterator[tuple[str, Case, Facts, str | None]]:
     """Every case in every form, and why the device's kernel does not take it."""
     if device.platform not in KERNELS:
         return
+    supports = KERNELS[device.platform].supports
     forms = [(form, *how, size) for form, (*how, sizes) in FORMS.items() for size in sizes]
-    for model in PUBLISHED:
-        for ways in SHARDS.values():
-            for case in cases(model, ways):
-                for form, kv_dtype, scaled, page_size in forms:
+    usual = {form: sizes[0] for form, (*_, sizes) in FORMS.items()}
+    for model, shards in PUBLISHED.items():
+        for case in (case for shard in shards for case in cases(model, SHARDS[shard])):
+            for form, kv_dtype, scaled, page_size in forms:
+                if page_size == usual[form] or case.name.endswith(OF_EVERY_SIZE):
                     facts = case.facts(kv_dtype, scaled, page_size)
                     name = f"paged_attention/{case.name}/{form}/page-{page_size}"
-                    yield name, case, facts, KERNELS[device.platform].supports(device, facts)
+                    yield name, case, facts, supports(device, facts)
 
 
 def _program(name: str, case: Case, facts: Facts, device: Device) -> Program:

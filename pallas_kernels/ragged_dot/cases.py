@@ -30,7 +30,6 @@ MODELS = {
     # The random model that the CPU benchmark times beside transformers.
     "cpu-bench": (1024, 256, 64, 8),
 }
-PUBLISHED = ("30B-A3B", "235B-A22B", "480B-A35B")
 DECODE_TOKENS = (1, 8, 32, 128, 256)
 PREFILL_TOKENS = (512, 2048, 8192)
 # Shard: ways the experts are split, ways each expert's F is split.
@@ -43,6 +42,13 @@ SHARDS = {
     "tp4": (1, 4),
     "tp8": (1, 8),
     "ep2tp4": (2, 4),
+    "ep8tp4": (8, 4),
+}
+# The published models, and the shards in which slices hold them: the large ones are never whole.
+PUBLISHED = {
+    "30B-A3B": ("whole", "ep4", "ep8", "tp2", "tp4", "ep2tp4"),
+    "235B-A22B": ("ep4", "ep8", "ep16", "tp4", "ep8tp4"),
+    "480B-A35B": ("ep8", "ep16", "tp8", "ep8tp4"),
 }
 FORMS = ("bf16", "fp8", "int8")
 KERNELS = {"tpu": tpu, "gpu": gpu}
@@ -129,8 +135,8 @@ def _calls(device: Device) -> Iterator[tuple[Case, str, str | None]]:
     if device.platform not in KERNELS:
         return
     supports = KERNELS[device.platform].supports
-    for model in PUBLISHED:
-        for shard in SHARDS:
+    for model, shards in PUBLISHED.items():
+        for shard in shards:
             for case in cases(model, shard):
                 for form in FORMS:
                     yield case, form, supports(device, case.facts(form))
