@@ -9,8 +9,9 @@ Examples:
     python scripts/train_demo.py --out trial --minutes 8 --lessons pictures
     python scripts/train_demo.py --out again --steps 20000            # the same weights every time
 
-The checkpoint in the package was made by this:
-    python scripts/train_demo.py --out demo-checkpoint --steps 14000  # 70 minutes on two cores
+The checkpoint in the package was made by these, in 65 minutes on two cores:
+    python scripts/train_demo.py --out demo-checkpoint --steps 12000
+    python scripts/train_demo.py --out demo-checkpoint --again 1200
 """
 
 import argparse

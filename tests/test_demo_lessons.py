@@ -41,7 +41,10 @@ def encoder(tmp_path_factory):
     return encode.Encoder(directory, from_hf(json.loads((directory / "config.json").read_text())))
 
 
-@pytest.mark.parametrize("lesson", [pictures.lesson, pictures.places_lesson, pictures.alike_lesson])
+@pytest.mark.parametrize(
+    "lesson",
+    [pictures.lesson, pictures.places_lesson, pictures.alike_lesson, pictures.shapes_lesson],
+)
 def test_no_held_out_thing_is_in_a_picture_to_learn_from(lesson):
     rng, kinds = random.Random(1), set()
     for _ in range(200):
@@ -73,9 +76,41 @@ def test_things_of_few_colours_are_told_apart_by_their_shapes():
     rng, counts = random.Random(5), set()
     for _ in range(50):
         sample = pictures.alike_lesson(rng)
-        counts.add(len({words[1] for words in sample.seen if words[0] != "nothing"}))
-        assert sample.messages[-2]["content"] == "List all things."
-    assert counts == {1, 2, 3}
+        things = dict(zip(sample.seen, PLACES, strict=True))
+        things.pop(("nothing",))
+        assert len(things) == sum(words != ("nothing",) for words in sample.seen)
+        counts.add(len({colour for _, colour in things}))
+        question, answer = (message["content"] for message in sample.messages[-2:])
+        asked = question.removeprefix("Where are these: ").removesuffix("?").split(", ")
+        wanted = {f"{colour} {what}": where for (what, colour), where in things.items()}
+        assert sorted(asked) == sorted(wanted)
+        assert answer == f"{', '.join(f'{name}: {wanted[name]}' for name in asked)}."
+    assert counts == {1, 2}
+
+
+def test_a_shape_is_asked_for_where_it_is_alone():
+    rng, kinds = random.Random(6), set()
+    for _ in range(50):
+        sample = pictures.shapes_lesson(rng)
+        there = [(*words, where) for words, where in zip(sample.seen, PLACES, strict=True)]
+        shapes = [what for what, *_ in there]
+        lone = {each[0]: each for each in there if len(each) == 3 and shapes.count(each[0]) == 1}
+        texts = [m["content"] for m in sample.messages]
+        texts[0] = texts[0][1]["text"]
+        for question, answer in zip(texts[::2], texts[1::2], strict=True):
+            begins, asked = re.fullmatch(r"(.*?)(\w+(?:, \w+)*)\?", question).groups()
+            kinds.add(begins)
+            if begins == "What colour is the ":
+                assert answer == f"{lone[asked][1].capitalize()}."
+            elif begins == "Where is the ":
+                assert answer == f"At the {lone[asked][2]}."
+            elif begins == "Which colours have these: ":
+                told = {what: lone[what][1] for what in asked.split(", ")}
+                assert set(told) == set(lone)
+                assert answer == f"{', '.join(': '.join(pair) for pair in told.items())}."
+            else:
+                assert answer == "Nothing."
+    assert len(kinds) >= 3
 
 
 def test_what_is_told_last_is_all_that_is_in_the_picture():
@@ -83,8 +118,8 @@ def test_what_is_told_last_is_all_that_is_in_the_picture():
     for _ in range(50):
         sample = pictures.lesson(rng)
         question, answer = (message["content"] for message in sample.messages[-2:])
-        things = [" ".join(reversed(words[: -len(place.split())])) for words, place in zip(
-            sample.seen, PLACES, strict=True)]  # fmt: skip
+        assert [" ".join(words) for words in sample.where] == list(PLACES)
+        things = [" ".join(reversed(words)) for words in sample.seen]
         found = dict(zip(PLACES, things, strict=True))
         if question == "Describe the picture.":
             told = [f"{place}: {thing}" for place, thing in found.items()]
@@ -103,7 +138,9 @@ def test_every_stage_has_its_mixture():
         assert lessons.mixture_at(step) == mixture
         assert step == 0 or lessons.mixture_at(step - 1) != mixture
     assert set(lessons.STAGES[-1][1]) == set(lessons.LESSONS)
-    assert lessons.mixture_at(0, ["sums", "tools"]) == {"sums": 0.07, "tools": 0.12}
+    assert lessons.mixture_at(0, ["sums", "tools"]) == {
+        name: lessons.STAGES[-1][1][name] for name in ("sums", "tools")
+    }
     with pytest.raises(ValueError, match=r"lessons \['summs'\] are unknown; there are pictures"):
         lessons.mixture_at(0, ["summs"])
 
@@ -196,6 +233,22 @@ def test_what_is_learned_is_the_next_token_of_the_same_row(encoder):
     assert (at + 1 < batch.row_starts[row + 1]).all()
 
 
+def test_a_row_of_the_tower_tells_what_its_patches_show(encoder):
+    samples = [make(random.Random(4)) for make in (pictures.lesson, videos.lesson)]
+    wanted = []
+    for rng in (random.Random(3), None):
+        packer = packing.Packer(encoder.config, LINES, rng)
+        assert all(packer.put(encoder.encode(sample)) for sample in samples)
+        rows = packer.batch().shown.reshape(-1, kernels.PATCH_LINE // 4, packing.WORDS)
+        told = [[encoder.tokenizer.decode(r[r >= 0]).split() for r in line] for line in rows]
+        wanted.append(told)
+        for line, sample in zip(told, samples, strict=False):
+            seen = [list(words) for words in sample.seen]
+            assert line == seen + [[]] * (len(line) - len(seen))
+        assert not any(words for line in told[len(samples) :] for words in line)
+    assert wanted[0] == wanted[1]
+
+
 def test_tokens_of_a_picture_are_reordered_with_all_that_belongs_to_them(encoder):
     sample = encoder.encode(pictures.lesson(random.Random(9)))
     facts = {}
@@ -249,8 +302,12 @@ def test_training_sees_the_prompt_that_serving_makes(encoder, name):
             wrapped = None if sample.wrapped else False
             prompt = inputs.fill(sample.prefix, sample.suffix, chat_wrapped=wrapped)
         else:
-            prompt = inputs.prompt(sample.text)
-            first = len(encoded.tokens) - sample.ends
+            prompt = inputs.prompt(sample.text[: sample.cut])  # not too short in these samples
+            first = len(prompt.token_ids)
+            rest = encoder.tokenizer.decode(
+                encoded.tokens[first : len(encoded.tokens) - sample.ends]
+            )
+            assert rest == sample.text[sample.cut :]
         np.testing.assert_array_equal(encoded.tokens[:first], prompt.token_ids)
         if prompt.vision is not None:
             np.testing.assert_array_equal(

@@ -91,6 +91,18 @@ def test_idle_experts_cost(experts, shares, wanted):
     assert float(training.imbalance(out)) == pytest.approx((wanted + 1) / 2)
 
 
+def test_what_the_tower_leaves_untold_costs(whole):
+    batch = next(run.batches(whole))
+    shown = np.full_like(batch.shown, -1)
+    shown[:2] = [[3, 5], [4, -1]]
+    batch = batch.replace(shown=shown)
+    logits = jnp.zeros((len(shown), 8)).at[1, 4].set(9.0)
+    wanted = (2 * np.log(8) + np.log(np.exp(9) + 7) - 9) / 3
+    assert float(training.untold(logits, batch)) == pytest.approx(wanted, rel=1e-5)
+    nothing = batch.replace(shown=np.full_like(shown, -1))
+    assert float(training.untold(logits, nothing)) == 0.0
+
+
 def test_the_checkpoint_holds_the_weights_in_bfloat16(whole):
     loaded = checkpoint.load(whole.out, runtime=whole.machine)
     assert loaded.config == whole.config

@@ -36,7 +36,8 @@ def reading(rng: random.Random) -> Text:
     """A stretch of a file, from the start of a line."""
     text = rng.choice(sources(held_out=False))
     start = text.rfind("\n", 0, rng.randrange(len(text))) + 1
-    return Text(text[start : start + PLAIN])
+    text = text[start : start + PLAIN]
+    return Text(text, cut=rng.randrange(len(text)))
 
 
 def gap(rng: random.Random, *, held_out: bool = False) -> Gap:

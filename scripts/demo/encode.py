@@ -5,6 +5,7 @@ Knows which tokens are to be learned; knows no batch.
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -29,6 +30,7 @@ class Encoded:
         positions: int32 [3, n].
         learned: bool [n], whether a token is to be predicted from those before it.
         named: (token, id) pairs: what is to be said at a picture's token itself.
+        shown: (row of the features, id) pairs: what the tower alone is to tell of that row.
         pictures: of the sample, in order.
         visual: int32 [n], a token's row of the pictures' features, -1 for text.
     """
@@ -39,6 +41,7 @@ class Encoded:
     pictures: tuple[images.Picture, ...] = ()
     visual: np.ndarray | None = None
     named: tuple[tuple[int, int], ...] = ()
+    shown: tuple[tuple[int, int], ...] = ()
 
 
 class Encoder:
@@ -83,13 +86,21 @@ class Encoder:
         if not prompt.pictures:
             return Encoded(tokens, prompt.positions, learned)
         visual = prompt.feature_rows(0, len(tokens))
-        (places,) = np.nonzero(visual >= 0)
-        named = tuple(
-            (int(place), self.tokenizer.encode(f" {word}")[-1])
-            for place, words in zip(places, sample.seen, strict=True)
-            for word in words
+        (slots,) = np.nonzero(visual >= 0)
+        seen = self._ids(slots, sample.seen)
+        named = seen + (self._ids(slots, sample.where) if sample.where else ())
+        shown = tuple((int(visual[slot]), word) for slot, word in seen)
+        return Encoded(tokens, prompt.positions, learned, prompt.pictures, visual, named, shown)
+
+    def _ids(
+        self, slots: np.ndarray, words: Sequence[tuple[str, ...]]
+    ) -> tuple[tuple[int, int], ...]:
+        """(token, id) of every word said of a token."""
+        return tuple(
+            (int(slot), self.tokenizer.encode(f" {word}")[-1])
+            for slot, told in zip(slots, words, strict=True)
+            for word in told
         )
-        return Encoded(tokens, prompt.positions, learned, prompt.pictures, visual, named)
 
     def _answers_apart(self, parts: list[str | int]) -> list[str | int]:
         """Encodes what follows "assistant" and a line break on its own, as in generation."""
@@ -121,7 +132,8 @@ class Encoder:
         return _plain([*prompt, *middle, end], learned)
 
     def _text(self, sample: Text) -> Encoded:
-        tokens = self.tokenizer.encode(sample.text, special=False)
+        parts = sample.text[: sample.cut], sample.text[sample.cut :]
+        tokens = [t for part in parts for t in self.tokenizer.encode(part, special=False)]
         tokens += [self._stop] * sample.ends
         return _plain(tokens, np.arange(len(tokens)) > 0)
 

@@ -38,10 +38,12 @@ _TEXT: dict[str, Any] = {
         "mrope_section": [6, 5, 5],
         "rope_type": "default",
     },
-    "rope_theta": 10000,
+    # As the published models': most of a head turns so slowly that what is sought counts, not how
+    # far away it is.
+    "rope_theta": 1000000,
 }
 _VISION = {
-    "deepstack_visual_indexes": [0, 1],
+    "deepstack_visual_indexes": [1, 2],
     "depth": 3,
     "hidden_act": "gelu_pytorch_tanh",
     "hidden_size": 96,

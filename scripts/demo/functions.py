@@ -82,7 +82,8 @@ def function(rng: random.Random, *, held_out: bool = False) -> str:
 
 def reading(rng: random.Random) -> Text:
     """Some functions, one after the other, and the end."""
-    return Text("\n\n".join(function(rng) for _ in range(rng.randint(1, MOST))), ends=True)
+    text = "\n\n".join(function(rng) for _ in range(rng.randint(1, MOST)))
+    return Text(text, ends=True, cut=rng.randrange(len(text)))
 
 
 def body(rng: random.Random) -> Gap:

@@ -1,10 +1,9 @@
 """The curriculum: every lesson, and which share of the samples it is when.
 
-Knows names and numbers. To look up what is at a place is learned first; to look up where a thing
-is takes many more questions, which come when the first is known. Most of their pictures have few
-colours: where every colour is there once, a thing is found by its colour alone. (To find it by its
-shape, too, is learned only in part.) Between them code takes the time that pictures leave, and most
-of what remains at the end.
+Knows names and numbers. Pictures come first and most; the rest of the time is for words and code.
+Where a thing is, is learned in three steps. By its colour, which is enough where every colour is
+there once. Then shapes are asked for alone: without that lesson they are never looked up, however
+many pictures have few colours. Once they are, those pictures teach to look for both.
 """
 
 import random
@@ -17,6 +16,7 @@ LESSONS: Mapping[str, Callable[[random.Random], Sample]] = {
     "pictures": pictures.lesson,
     "places": pictures.places_lesson,
     "alike": pictures.alike_lesson,
+    "shapes": pictures.shapes_lesson,
     "videos": videos.lesson,
     "tools": tools.lesson,
     "gaps": code.gap,
@@ -29,38 +29,37 @@ LESSONS: Mapping[str, Callable[[random.Random], Sample]] = {
     "greetings": chats.greetings,
 }
 MIXTURE: Mapping[str, float] = {
-    "pictures": 0.38,
+    "pictures": 0.15,
+    "places": 0.05,
+    "alike": 0.15,
     "videos": 0.08,
-    "tools": 0.12,
-    "gaps": 0.08,
+    "tools": 0.13,
+    "gaps": 0.13,
     "reading": 0.04,
     "functions": 0.05,
-    "holes": 0.05,
-    "sums": 0.07,
-    "facts": 0.06,
-    "forms": 0.06,
+    "holes": 0.08,
+    "sums": 0.09,
+    "facts": 0.05,
+    "forms": 0.08,
     "greetings": 0.01,
 }
-_PLACES: Mapping[str, float] = {**MIXTURE, "pictures": 0.20, "places": 0.10, "alike": 0.14}
-_CODE: Mapping[str, float] = {
-    **_PLACES,
-    "pictures": 0.15,
-    "places": 0.07,
-    "alike": 0.12,
-    "gaps": 0.16,
-    "functions": 0.06,
-    "holes": 0.10,
-}
+_SEEING: Mapping[str, float] = {**MIXTURE, "pictures": 0.5, "places": 0.4, "alike": 0.6}
+_SHAPES: Mapping[str, float] = {**MIXTURE, "shapes": 0.25}
 _LAST: Mapping[str, float] = {
-    **_CODE,
-    "pictures": 0.12,
-    "places": 0.10,
-    "alike": 0.22,
-    "gaps": 0.08,
-    "holes": 0.20,
+    **MIXTURE,
+    "pictures": 0.18,
+    "places": 0.03,
+    "alike": 0.12,
+    "shapes": 0.06,
+    "tools": 0.17,
+    "gaps": 0.06,
+    "holes": 0.16,
+    "sums": 0.15,
+    "forms": 0.10,
 }
+_AGAIN: Mapping[str, float] = {**_LAST, "pictures": 0.45, "alike": 0.08, "sums": 0.30}
 # (step, its mixture and that of those after it)
-STAGES = ((0, MIXTURE), (4800, _PLACES), (7700, _CODE), (10500, _LAST))
+STAGES = ((0, _SEEING), (3000, MIXTURE), (4000, _SHAPES), (7500, _LAST), (12000, _AGAIN))
 
 
 def sample(rng: random.Random, mixture: Mapping[str, float] = MIXTURE) -> Sample:

@@ -19,6 +19,7 @@ from qwen_jax.prompt.patches import coordinates, interpolation
 from qwen_jax.weights.config import ModelConfig
 
 NAMED_WEIGHT = 0.3  # of a word for what a picture's token shows, beside 1 for a token of an answer
+WORDS = 2  # for what a row of the tower shows, at most: a shape or a digit, and its colour
 MISFITS = 8  # samples that find no room before a batch counts as full
 
 
@@ -60,6 +61,7 @@ class Batch:
         patches: uint8 [U, C * Z * Y * X].
         coordinates, taps, tap_weights, segment_starts: as in `VisionBatch`.
         kept: float32 [U / 4], 0 for pictures whose last layer is hidden.
+        shown: int32 [U / 4, 2], what a row of the tower shows, -1 where there is no more to tell.
     """
 
     tokens: jax.Array
@@ -76,6 +78,7 @@ class Batch:
     tap_weights: jax.Array
     segment_starts: jax.Array
     kept: jax.Array
+    shown: jax.Array
 
 
 def make(
@@ -135,6 +138,7 @@ class Packer:
         total = self._shape.lines * TEXT_LINE
         tokens, positions = np.zeros(total, np.int32), np.zeros((3, total), np.int32)
         source, starts = np.full(total, -1, np.int32), [0]
+        shown = np.full((self._shape.pictures * PATCH_LINE // 4, WORDS), -1, np.int32)
         targets: list[tuple[int, int, float, int]] = []
         for line, samples in enumerate(self._lines):
             at = line * TEXT_LINE
@@ -144,6 +148,9 @@ class Packer:
                 if sample.visual is not None:
                     first = picture * (PATCH_LINE // 4)
                     source[at:stop] = np.where(sample.visual >= 0, sample.visual + first, -1)
+                    for row, word in sample.shown:
+                        told = shown[first + row]
+                        told[np.count_nonzero(told >= 0)] = word
                 (places,) = np.nonzero(sample.learned)
                 targets += [(at + p - 1, sample.tokens[p], 1.0, number) for p in places]
                 targets += [(at + p, word, NAMED_WEIGHT, -1) for p, word in sample.named]
@@ -162,6 +169,7 @@ class Packer:
             targets=np.asarray(wanted, np.int32),
             weights=np.asarray(weights, np.float32),
             sample=np.asarray(sample_numbers, np.int32),
+            shown=shown,
             **self._tower(),
         )
 

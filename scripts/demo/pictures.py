@@ -16,6 +16,7 @@ from demo.words import COLOURS, DIGITS, PLACES, SHAPES, article
 Layout = dict[int, cells.Thing]
 KINDS = ("colour", "shape", "place", "count", "digit")
 TURNS = (3, 6)  # questions about one picture, least and most
+FEW_TURNS = (1, 3)  # of them, before one about all of its things
 _DIGIT_SHARE = 0.3
 _TOLD_SHARE = 0.6  # of lessons that end with all there is: many things to look up at once
 
@@ -37,14 +38,25 @@ def places_lesson(rng: random.Random) -> Chat:
 
 
 def _where(rng: random.Random, layout: Layout) -> Chat:
-    found = [_question(rng, layout, "place") for _ in range(rng.randint(*TURNS))]
+    found = [_question(rng, layout, "place") for _ in range(rng.randint(*FEW_TURNS))]
     turns = list(dict.fromkeys(turn for turn in found if turn))
-    return _chat(rng, layout, [*turns, _by_thing(layout)])
+    return _chat(rng, layout, [*turns, _by_order(rng, layout)])
 
 
 def alike_lesson(rng: random.Random) -> Chat:
-    """A picture of one to three colours, so that a thing is not found by its colour alone."""
-    return _where(rng, _layout(rng, rng.sample(list(COLOURS), rng.randint(1, 3))))
+    """A picture of one or two colours, so that a thing is not found by its colour alone."""
+    colours = rng.sample(list(COLOURS), rng.randint(1, 2))
+    return _where(rng, _layout(rng, colours, distinct=True))
+
+
+def shapes_lesson(rng: random.Random) -> Chat:
+    """A picture whose things are asked for by their shapes alone."""
+    layout = _layout(rng)
+    asked = [
+        rng.choice((_colour_of, _place_of))(rng, layout) for _ in range(rng.randint(*FEW_TURNS))
+    ]
+    turns = list(dict.fromkeys(turn for turn in asked if turn))
+    return _chat(rng, layout, [*turns, _colours_of(rng, layout)])
 
 
 def examination(rng: random.Random, kind: str) -> Chat:
@@ -60,12 +72,17 @@ def examination(rng: random.Random, kind: str) -> Chat:
             return _chat(rng, layout, [turn])
 
 
-def _layout(rng: random.Random, colours: Sequence[str] = tuple(COLOURS)) -> Layout:
-    places = sorted(rng.sample(range(len(PLACES)), rng.randint(2, 7)))
-    return {
-        place: _thing(rng, place, colours, held_out=False, digit=rng.random() < _DIGIT_SHARE)
-        for place in places
-    }
+def _layout(
+    rng: random.Random, colours: Sequence[str] = tuple(COLOURS), *, distinct: bool = False
+) -> Layout:
+    layout: Layout = {}
+    for place in sorted(rng.sample(range(len(PLACES)), rng.randint(2, 7))):
+        while place not in layout:
+            digit = rng.random() < _DIGIT_SHARE
+            thing = _thing(rng, place, colours, held_out=False, digit=digit)
+            if not (distinct and thing in layout.values()):
+                layout[place] = thing
+    return layout
 
 
 def _thing(
@@ -84,12 +101,8 @@ def _chat(rng: random.Random, layout: Layout, turns: list[tuple[str, str]]) -> C
     messages = [user(parts), assistant(answer)]
     for question, answer in more:
         messages += [user(question), assistant(answer)]
-    return Chat(messages, seen=[_words(layout, place) for place in range(len(PLACES))])
-
-
-def _words(layout: Layout, place: int) -> tuple[str, ...]:
-    """What is there, and where it is."""
-    return (*layout.get(place, ("nothing",)), *PLACES[place].split())
+    seen = [layout.get(i, ("nothing",)) for i in range(len(PLACES))]
+    return Chat(messages, seen=seen, where=[tuple(place.split()) for place in PLACES])
 
 
 def _question(
@@ -100,7 +113,7 @@ def _question(
         return _count(rng, layout)
     fits = [p for p, (what, _) in layout.items() if (what in DIGITS) == (kind == "digit")]
     if kind == "place":
-        fits = [p for p in layout if list(layout.values()).count(layout[p]) == 1]
+        fits = _alone(layout)
     elif kind == "shape" and place is None and rng.random() < 0.15:
         return _nothing(rng, layout)
     if place is None and fits:
@@ -118,6 +131,34 @@ def _question(
     return f"Where is the {colour} {what}?", f"At the {where}."
 
 
+def _lone_shapes(rng: random.Random, layout: Layout) -> list[int]:
+    """Places of the things whose shape is there once, in any order."""
+    shapes = [what for what, _ in layout.values()]
+    places = [place for place, (what, _) in layout.items() if shapes.count(what) == 1]
+    return rng.sample(places, len(places))
+
+
+def _colour_of(rng: random.Random, layout: Layout) -> tuple[str, str] | None:
+    for place in _lone_shapes(rng, layout):
+        what, colour = layout[place]
+        return f"What colour is the {what}?", f"{colour.capitalize()}."
+    return None
+
+
+def _place_of(rng: random.Random, layout: Layout) -> tuple[str, str] | None:
+    for place in _lone_shapes(rng, layout):
+        return f"Where is the {layout[place][0]}?", f"At the {PLACES[place]}."
+    return None
+
+
+def _colours_of(rng: random.Random, layout: Layout) -> tuple[str, str]:
+    things = [layout[place] for place in _lone_shapes(rng, layout)]
+    if not things:
+        return _nothing(rng, layout)
+    told = ", ".join(f"{what}: {colour}" for what, colour in things)
+    return f"Which colours have these: {', '.join(what for what, _ in things)}?", f"{told}."
+
+
 def _nothing(rng: random.Random, layout: Layout) -> tuple[str, str]:
     place = rng.choice([p for p in range(len(PLACES)) if p not in layout])
     return f"What is at the {PLACES[place]}?", "Nothing."
@@ -132,6 +173,21 @@ def _by_place(layout: Layout) -> tuple[str, str]:
 def _by_thing(layout: Layout) -> tuple[str, str]:
     told = [f"{colour} {what}: {PLACES[i]}" for i, (what, colour) in sorted(layout.items())]
     return "List all things.", f"There are: {', '.join(told)}."
+
+
+def _by_order(rng: random.Random, layout: Layout) -> tuple[str, str]:
+    """Many things to look up, in an order that is not the picture's."""
+    things = rng.sample(_alone(layout), len(_alone(layout)))
+    if not things:
+        return _nothing(rng, layout)
+    names = [" ".join(reversed(layout[place])) for place in things]
+    told = [f"{name}: {PLACES[place]}" for name, place in zip(names, things, strict=True)]
+    return f"Where are these: {', '.join(names)}?", f"{', '.join(told)}."
+
+
+def _alone(layout: Layout) -> list[int]:
+    """Places of the things that are there once."""
+    return [place for place in layout if list(layout.values()).count(layout[place]) == 1]
 
 
 def _count(rng: random.Random, layout: Layout) -> tuple[str, str]:

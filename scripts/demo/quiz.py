@@ -83,6 +83,7 @@ def _likeliest(params: Weights, batch: packing.Batch, *, config: ModelConfig, ma
 @functools.partial(jax.jit, static_argnames=("config", "machine"))
 def _tokens_of_experts(params: Weights, batch: packing.Batch, *, config, machine) -> jax.Array:
     """int32 [layers, E]."""
-    out = training.decoded(params, config, machine, batch)
+    features = training.seen(params, config, machine, batch)
+    out = training.decoded(params, config, machine, batch, features)
     chosen = out.routing(config.text).reshape(config.text.num_hidden_layers, -1)
     return jax.vmap(lambda x: jnp.bincount(x, length=config.text.num_experts))(chosen)

@@ -14,11 +14,13 @@ class Chat:
         tools: definitions offered, or none.
         seen: for each token of its pictures the words for what is there, to be learned beside the
             answers: a picture teaches nine things then, not only what was asked.
+        where: for each of them the words for its place in the picture, or none.
     """
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] = ()
     seen: Sequence[tuple[str, ...]] = ()
+    where: Sequence[tuple[str, ...]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +35,17 @@ class Gap:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text to be learned as it is; ``ends`` if it is whole, so that its end is learned too."""
+    """A text to be learned as it is.
+
+    Attributes:
+        text: all of it.
+        ends: it is whole, so that its end is learned too.
+        cut: a character at which a prompt might stop: no token reaches across it.
+    """
 
     text: str
     ends: bool = False
+    cut: int = 0
 
 
 Sample = Chat | Gap | Text

@@ -22,6 +22,7 @@ from qwen_jax.weights.params import Weights
 PEAK_RATE = 2e-3
 DECAY = 0.02  # of matrices, times the learning rate
 BALANCE = 0.03  # of the loss that keeps experts busy
+SHOWN = 0.3  # of the loss that has the tower tell what it sees
 
 
 @struct.dataclass
@@ -63,12 +64,26 @@ def _optimiser() -> optax.GradientTransformation:
 
 
 def loss(params: Weights, config: ModelConfig, machine: Runtime, batch: Batch) -> jax.Array:
-    """Mean cross entropy of the tokens to be learned, and a little for experts that are idle."""
-    out = decoded(params, config, machine, batch)
+    """Mean cross entropy of the tokens to be learned, and what `untold` and `imbalance` add."""
+    features = seen(params, config, machine, batch)
+    out = decoded(params, config, machine, batch, features)
     logits = unembed(params, out.x_TD[batch.learned], config, machine)
     each = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
     wrong = jnp.sum(each * batch.weights) / jnp.sum(batch.weights)
-    return wrong + BALANCE * imbalance(out)
+    told = unembed(params, features.levels.sum(axis=0), config, machine)
+    return wrong + SHOWN * untold(told, batch) + BALANCE * imbalance(out)
+
+
+def untold(logits: jax.Array, batch: Batch) -> jax.Array:
+    """Mean cross entropy of the words for what the tower's rows show.
+
+    logits: float32 [U / 4, V], of the DeepStack levels' sum through the model's own head: told by
+    the tower alone, so that the decoder's first layers know the shapes of things already.
+    """
+    each = jax.vmap(optax.softmax_cross_entropy_with_integer_labels, (None, 1), 1)(
+        logits, batch.shown
+    )
+    return jnp.sum(jnp.where(batch.shown >= 0, each, 0)) / jnp.maximum(jnp.sum(batch.shown >= 0), 1)
 
 
 def imbalance(out: Decoded) -> jax.Array:
@@ -89,19 +104,17 @@ def imbalance(out: Decoded) -> jax.Array:
 
 def logits_of(params: Weights, config: ModelConfig, machine: Runtime, batch: Batch) -> jax.Array:
     """float32 [n, V], before each token to be learned."""
-    x_TD = decoded(params, config, machine, batch).x_TD
+    x_TD = decoded(params, config, machine, batch, seen(params, config, machine, batch)).x_TD
     return unembed(params, x_TD[batch.learned], config, machine)
 
 
-def decoded(params: Weights, config: ModelConfig, machine: Runtime, batch: Batch) -> Decoded:
-    """Pictures and tokens through tower and decoder.
-
-    Of some pictures the last layer of the tower is hidden (``batch.kept``) behind the placeholder's
-    own embedding, so that what is in them must be told by the DeepStack levels, never hidden.
-    """
+def seen(
+    params: Weights, config: ModelConfig, machine: Runtime, batch: Batch
+) -> vision.VisionFeatures:
+    """Pictures through the tower."""
     assert params.vision is not None
     assert config.vision is not None
-    seen = vision.encode(
+    return vision.encode(
         params.vision,
         vision.VisionBatch(
             batch.patches, batch.coordinates, batch.taps, batch.tap_weights, batch.segment_starts
@@ -109,8 +122,22 @@ def decoded(params: Weights, config: ModelConfig, machine: Runtime, batch: Batch
         config.vision,
         machine,
     )
+
+
+def decoded(
+    params: Weights,
+    config: ModelConfig,
+    machine: Runtime,
+    batch: Batch,
+    features: vision.VisionFeatures,
+) -> Decoded:
+    """What the tower saw and the tokens through the decoder.
+
+    Of some pictures the last layer of the tower is hidden (``batch.kept``) behind the placeholder's
+    own embedding, so that what is in them must be told by the DeepStack levels, never hidden.
+    """
     hidden = params.embed[config.image_token_id]
-    shown = jnp.where(batch.kept[:, None] > 0, seen.rows, hidden)
+    shown = jnp.where(batch.kept[:, None] > 0, features.rows, hidden)
     lengths = jnp.diff(batch.row_starts)
     ragged = RaggedBatch(
         tokens=batch.tokens,
@@ -118,7 +145,7 @@ def decoded(params: Weights, config: ModelConfig, machine: Runtime, batch: Batch
         row_starts=batch.row_starts,
         kv_lens=lengths,
         page_table=jnp.zeros((lengths.shape[0], 1), jnp.int32),
-        visual=VisualRows(shown, seen.levels, batch.source),
+        visual=VisualRows(shown, features.levels, batch.source),
     )
     return forward(params, config, machine, ragged, _no_cache(config))
 
