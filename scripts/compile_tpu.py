@@ -4,8 +4,8 @@ For each model and slice: the best plan by arithmetic, then a decode step of its
 chunk by the compiler. A line for each: weights and cache, and the peak, in GB on a device, as
 planned and as compiled, and how far the plan is off; whether the cache is donated; copies of arrays
 as large as a weight or a layer's pages; whether the kernels are called in every layer. Ends with
-status 1 if a plan is more than 2 % off, a decode step copies such an array, the cache is not
-donated or a kernel is missing. Needs the extra "aot" (libtpu), no TPU.
+status 1 if a plan is more than 2 % off, a step copies such an array, the cache is not donated or a
+kernel is missing. Needs the extra "aot" (libtpu), no TPU.
 
 Examples:
     python scripts/compile_tpu.py                      # the whole matrix: an hour on two cores
@@ -168,13 +168,8 @@ def array_bytes(config, plan) -> set[int]:
 
 
 def right(found: dict) -> bool:
-    """Whether the plan holds, and the program does what it should.
-
-    A chunk's activations may have as many bytes as a weight: its copies are told, and judged by
-    who reads them.
-    """
-    copied = found["copied_like_weights_or_cache"] if found["step"] == "decode" else []
-    wrong = copied or found["missing"]
+    """Whether the plan holds, and the program does what it should."""
+    wrong = found["copied_like_weights_or_cache"] or found["missing"]
     return abs(found["off"]) <= MOST_OFF and found["cache_donated"] and not wrong
 
 

@@ -38,7 +38,8 @@ def copies_of(text: str, *, least: int = 1 << 20) -> list[int]:
 
     A copy inside of a fusion is none: it is the order in which the fusion reads an operand. A
     fusion that does nothing but copy is one. What goes to VMEM (``S(1)`` in its layout) is read
-    there ahead of its use, once, as its user would have read it.
+    there ahead of its use, once, as its user would have read it; what comes from there was made
+    there, and is put away until it is used again.
     """
     computations = _computations(text)
     fused = {name for body in computations.values() for *_, name in body if name is not None}
@@ -47,10 +48,11 @@ def copies_of(text: str, *, least: int = 1 << 20) -> list[int]:
         if name in fused:
             continue
         for result, op, callee in body:
-            # What is started has its result first.
-            dtype, shape, layout = (_SHAPE.findall(result) or [("pred", "0", "")])[0]
-            if "S(1)" not in layout and _moves(op, callee, computations):
-                sizes.append(_bytes(dtype, shape))
+            # What is started has its result first, then its operand.
+            shapes = _SHAPE.findall(result) or [("pred", "0", "")]
+            outside = all("S(1)" not in layout for *_, layout in shapes)
+            if outside and _moves(op, callee, computations):
+                sizes.append(_bytes(*shapes[0][:2]))
     return sorted((n for n in sizes if n >= least), reverse=True)
 
 
