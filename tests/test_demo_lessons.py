@@ -302,7 +302,7 @@ def test_training_sees_the_prompt_that_serving_makes(encoder, name):
             wrapped = None if sample.wrapped else False
             prompt = inputs.fill(sample.prefix, sample.suffix, chat_wrapped=wrapped)
         else:
-            prompt = inputs.prompt(sample.text[: sample.cut])  # not too short in these samples
+            prompt = inputs.prompt(sample.text[: sample.cut])  # these are not cut at 0
             first = len(prompt.token_ids)
             rest = encoder.tokenizer.decode(
                 encoded.tokens[first : len(encoded.tokens) - sample.ends]

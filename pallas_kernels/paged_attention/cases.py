@@ -114,12 +114,15 @@ def _calls(device: Device) -> Iterator[tuple[str, Case, Facts, str | None]]:
     if device.platform not in KERNELS:
         return
     supports = KERNELS[device.platform].supports
-    forms = [(form, *how, size) for form, (*how, sizes) in FORMS.items() for size in sizes]
-    usual = {form: sizes[0] for form, (*_, sizes) in FORMS.items()}
+    forms = [
+        (form, *how, size, size == sizes[0])
+        for form, (*how, sizes) in FORMS.items()
+        for size in sizes
+    ]
     for model, shards in PUBLISHED.items():
         for case in (case for shard in shards for case in cases(model, SHARDS[shard])):
-            for form, kv_dtype, scaled, page_size in forms:
-                if page_size == usual[form] or case.name.endswith(OF_EVERY_SIZE):
+            for form, kv_dtype, scaled, page_size, usual in forms:
+                if usual or case.name.endswith(OF_EVERY_SIZE):
                     facts = case.facts(kv_dtype, scaled, page_size)
                     name = f"paged_attention/{case.name}/{form}/page-{page_size}"
                     yield name, case, facts, supports(device, facts)

@@ -6,7 +6,8 @@ that nobody answers who does not know where things are.
 """
 
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 
 from demo import cells
 from demo.sample import Chat, assistant, user
@@ -52,9 +53,7 @@ def alike_lesson(rng: random.Random) -> Chat:
 def shapes_lesson(rng: random.Random) -> Chat:
     """A picture whose things are asked for by their shapes alone."""
     layout = _layout(rng)
-    asked = [
-        rng.choice((_colour_of, _place_of))(rng, layout) for _ in range(rng.randint(*FEW_TURNS))
-    ]
+    asked = [_of_shape(rng, layout) for _ in range(rng.randint(*FEW_TURNS))]
     turns = list(dict.fromkeys(turn for turn in asked if turn))
     return _chat(rng, layout, [*turns, _colours_of(rng, layout)])
 
@@ -131,24 +130,15 @@ def _question(
     return f"Where is the {colour} {what}?", f"At the {where}."
 
 
-def _lone_shapes(rng: random.Random, layout: Layout) -> list[int]:
-    """Places of the things whose shape is there once, in any order."""
-    shapes = [what for what, _ in layout.values()]
-    places = [place for place, (what, _) in layout.items() if shapes.count(what) == 1]
-    return rng.sample(places, len(places))
-
-
-def _colour_of(rng: random.Random, layout: Layout) -> tuple[str, str] | None:
-    for place in _lone_shapes(rng, layout):
-        what, colour = layout[place]
+def _of_shape(rng: random.Random, layout: Layout) -> tuple[str, str] | None:
+    """The colour or the place of a thing that its shape tells apart."""
+    kind, places = rng.choice(("colour", "place")), _lone_shapes(rng, layout)
+    if not places:
+        return None
+    what, colour = layout[places[0]]
+    if kind == "colour":
         return f"What colour is the {what}?", f"{colour.capitalize()}."
-    return None
-
-
-def _place_of(rng: random.Random, layout: Layout) -> tuple[str, str] | None:
-    for place in _lone_shapes(rng, layout):
-        return f"Where is the {layout[place][0]}?", f"At the {PLACES[place]}."
-    return None
+    return f"Where is the {what}?", f"At the {PLACES[places[0]]}."
 
 
 def _colours_of(rng: random.Random, layout: Layout) -> tuple[str, str]:
@@ -177,17 +167,27 @@ def _by_thing(layout: Layout) -> tuple[str, str]:
 
 def _by_order(rng: random.Random, layout: Layout) -> tuple[str, str]:
     """Many things to look up, in an order that is not the picture's."""
-    things = rng.sample(_alone(layout), len(_alone(layout)))
-    if not things:
+    places = _shuffled(rng, _alone(layout))
+    if not places:
         return _nothing(rng, layout)
-    names = [" ".join(reversed(layout[place])) for place in things]
-    told = [f"{name}: {PLACES[place]}" for name, place in zip(names, things, strict=True)]
+    names = [" ".join(reversed(layout[place])) for place in places]
+    told = [f"{name}: {PLACES[place]}" for name, place in zip(names, places, strict=True)]
     return f"Where are these: {', '.join(names)}?", f"{', '.join(told)}."
 
 
-def _alone(layout: Layout) -> list[int]:
-    """Places of the things that are there once."""
-    return [place for place in layout if list(layout.values()).count(layout[place]) == 1]
+def _lone_shapes(rng: random.Random, layout: Layout) -> list[int]:
+    """Places of the things whose shape is there once, in any order."""
+    return _shuffled(rng, _alone({place: what for place, (what, _) in layout.items()}))
+
+
+def _alone(found: Mapping[int, Hashable]) -> list[int]:
+    """Places of what is there once."""
+    times = Counter(found.values())
+    return [place for place, what in found.items() if times[what] == 1]
+
+
+def _shuffled(rng: random.Random, places: list[int]) -> list[int]:
+    return rng.sample(places, len(places))
 
 
 def _count(rng: random.Random, layout: Layout) -> tuple[str, str]:

@@ -83,7 +83,6 @@ def _likeliest(params: Weights, batch: packing.Batch, *, config: ModelConfig, ma
 @functools.partial(jax.jit, static_argnames=("config", "machine"))
 def _tokens_of_experts(params: Weights, batch: packing.Batch, *, config, machine) -> jax.Array:
     """int32 [layers, E]."""
-    features = training.seen(params, config, machine, batch)
-    out = training.decoded(params, config, machine, batch, features)
+    _, out = training.run(params, config, machine, batch)
     chosen = out.routing(config.text).reshape(config.text.num_hidden_layers, -1)
     return jax.vmap(lambda x: jnp.bincount(x, length=config.text.num_experts))(chosen)

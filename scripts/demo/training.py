@@ -65,8 +65,7 @@ def _optimiser() -> optax.GradientTransformation:
 
 def loss(params: Weights, config: ModelConfig, machine: Runtime, batch: Batch) -> jax.Array:
     """Mean cross entropy of the tokens to be learned, and what `untold` and `imbalance` add."""
-    features = seen(params, config, machine, batch)
-    out = decoded(params, config, machine, batch, features)
+    features, out = run(params, config, machine, batch)
     logits = unembed(params, out.x_TD[batch.learned], config, machine)
     each = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
     wrong = jnp.sum(each * batch.weights) / jnp.sum(batch.weights)
@@ -104,17 +103,21 @@ def imbalance(out: Decoded) -> jax.Array:
 
 def logits_of(params: Weights, config: ModelConfig, machine: Runtime, batch: Batch) -> jax.Array:
     """float32 [n, V], before each token to be learned."""
-    x_TD = decoded(params, config, machine, batch, seen(params, config, machine, batch)).x_TD
-    return unembed(params, x_TD[batch.learned], config, machine)
+    _, out = run(params, config, machine, batch)
+    return unembed(params, out.x_TD[batch.learned], config, machine)
 
 
-def seen(
+def run(
     params: Weights, config: ModelConfig, machine: Runtime, batch: Batch
-) -> vision.VisionFeatures:
-    """Pictures through the tower."""
+) -> tuple[vision.VisionFeatures, Decoded]:
+    """Pictures through the tower, then they and the tokens through the decoder.
+
+    Of some pictures the last layer of the tower is hidden (``batch.kept``) behind the placeholder's
+    own embedding, so that what is in them must be told by the DeepStack levels, never hidden.
+    """
     assert params.vision is not None
     assert config.vision is not None
-    return vision.encode(
+    features = vision.encode(
         params.vision,
         vision.VisionBatch(
             batch.patches, batch.coordinates, batch.taps, batch.tap_weights, batch.segment_starts
@@ -122,20 +125,6 @@ def seen(
         config.vision,
         machine,
     )
-
-
-def decoded(
-    params: Weights,
-    config: ModelConfig,
-    machine: Runtime,
-    batch: Batch,
-    features: vision.VisionFeatures,
-) -> Decoded:
-    """What the tower saw and the tokens through the decoder.
-
-    Of some pictures the last layer of the tower is hidden (``batch.kept``) behind the placeholder's
-    own embedding, so that what is in them must be told by the DeepStack levels, never hidden.
-    """
     hidden = params.embed[config.image_token_id]
     shown = jnp.where(batch.kept[:, None] > 0, features.rows, hidden)
     lengths = jnp.diff(batch.row_starts)
@@ -147,7 +136,7 @@ def decoded(
         page_table=jnp.zeros((lengths.shape[0], 1), jnp.int32),
         visual=VisualRows(shown, features.levels, batch.source),
     )
-    return forward(params, config, machine, ragged, _no_cache(config))
+    return features, forward(params, config, machine, ragged, _no_cache(config))
 
 
 def _no_cache(config: ModelConfig) -> KVCache:
