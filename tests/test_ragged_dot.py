@@ -247,6 +247,8 @@ def compiled(case: cases.Case, dtype, weight, blocks=None):
         ("cpu-bench", "whole/decode-8/gate_up", "float32", "float32", None),
         ("cpu-bench", "whole/prefill-512/down", "float32", "float32", None),
         ("30B-A3B", "ep8/decode-32/gate_up", "bfloat16", "bfloat16", None),
+        ("30B-A3B", "ep8/decode-8/down", "bfloat16", "bfloat16", None),
+        ("30B-A3B", "whole/prefill-512/down", "bfloat16", "bfloat16", None),
         ("30B-A3B", "ep8/decode-8/down", "bfloat16", "int8", (1, 768, 1)),
         ("30B-A3B", "whole/decode-8/gate_up", "float32", "float8_e4m3fn", (1, 1, 128, 128)),
         ("480B-A35B", "whole/prefill-512/gate_up", "bfloat16", "float8_e4m3fn", (1, 1, 128, 128)),

@@ -63,9 +63,9 @@ def paged_attention(
     facts = Facts.of(q_TNH, pages, scales)
     rows = Rows(row_starts, kv_lens)
     table = jnp.clip(page_table, 0, num_pages - 1)
-    cache = xla.Cache(narrow.as_bytes(pages), scales, table, pages.dtype)
+    cache = xla.Cache(narrow.as_bits(pages), scales, table, pages.dtype)
     cache = xla.write(k_TKH, v_TKH, cache, rows)
-    pages, scales = narrow.from_bytes(cache.pages, pages.dtype), cache.scales
+    pages, scales = narrow.from_bits(cache.pages, pages.dtype), cache.scales
     q_TKGH = q_TNH.reshape(T, K, N // K, H)
     operands = {
         "pages": pages.reshape(num_pages, page_size, K, 2 * H),

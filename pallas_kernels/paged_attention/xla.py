@@ -55,10 +55,10 @@ def paged_attention(
     # Entries behind a row's context may be anything; whole blocks of them are read, and masked.
     table = jnp.clip(page_table, 0, num_pages - 1)
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % max(1, BLOCK // page_size))))
-    cache = Cache(narrow.as_bytes(pages), scales, table, pages.dtype)
+    cache = Cache(narrow.as_bits(pages), scales, table, pages.dtype)
     cache = write(k_TKH, v_TKH, cache, rows)
     out = _attend(q_TNH, cache, rows, sm_scale)
-    return out, narrow.from_bytes(cache.pages, pages.dtype), cache.scales
+    return out, narrow.from_bits(cache.pages, pages.dtype), cache.scales
 
 
 @struct.dataclass
@@ -73,7 +73,7 @@ class Cache:
     def read(self, page, combined_head, dtype):
         """Whole pages of some heads: [..., page_size, H] in ``dtype``."""
         values = self.pages.at[page, :, combined_head].get(mode="promise_in_bounds")
-        return narrow.from_bytes(values, self.dtype).astype(dtype)
+        return narrow.from_bits(values, self.dtype).astype(dtype)
 
     def read_scales(self, page, combined_head):
         """Their scales: [..., page_size]."""
@@ -106,7 +106,7 @@ def write(k_TKH, v_TKH, cache, rows):
     else:
         kv, scale = quantize(kv, cache.dtype)
         scales = scales.at[slots[0], :, slots[1]].set(scale, mode="drop")
-    pages = cache.pages.at[slots].set(narrow.as_bytes(kv), mode="drop")
+    pages = cache.pages.at[slots].set(narrow.as_bits(kv), mode="drop")
     return cache.replace(pages=pages, scales=scales)
 
 

@@ -49,7 +49,10 @@ def ragged_dot(x_MD, w, group_sizes, *, scale, blocks, activation, first_expert,
 
 @struct.dataclass
 class _Experts:
-    """The weights [E, P, D, F] (P matrices per expert) with what is needed to read one of them."""
+    """The weights with what is needed to read an expert: P matrices [D, F].
+
+    w stays [E, D, F] where P is 1: XLA would copy all of a reshaped array at `narrow`'s barrier.
+    """
 
     w: jax.Array
     scale: jax.Array | None
@@ -58,13 +61,19 @@ class _Experts:
     @classmethod
     def of(cls, w, scale, blocks) -> "_Experts":
         if w.ndim == 3:
-            w, blocks = w[:, None], blocks and (blocks[0], 1, *blocks[1:])
+            blocks = blocks and (blocks[0], 1, *blocks[1:])
             scale = None if scale is None else scale[:, None]
         return cls(w, scale, blocks)
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """E, P, D, F."""
+        E, *P, D, F = self.w.shape
+        return E, P[0] if P else 1, D, F
+
     def strip(self) -> int:
         """J: how many rows of a matrix one partial sum takes; never across a scale's border."""
-        D = self.w.shape[2]
+        _, _, D, _ = self.sizes
         block = D if self.blocks is None else self.blocks[2]
         return next(J for J in STRIPS if D % J == 0 and (block >= D or block % J == 0))
 
@@ -74,7 +83,7 @@ class _Experts:
         assert self.blocks is not None
         scale = lax.dynamic_index_in_dim(self.scale, e // self.blocks[0], keepdims=False)
         scale = scale.astype(jnp.float32)
-        _, P, D, F = self.w.shape
+        _, P, D, F = self.sizes
         sizes, (_, pair, rows, columns) = (P, D // strip, F), self.blocks
         blocks = (pair, max(1, rows // strip), columns)
         for axis, (size, block) in enumerate(zip(sizes, blocks, strict=True)):
@@ -85,24 +94,24 @@ class _Experts:
 
     def strips(self, e, J: int):
         """For each j < J, rows j, J + j, 2 J + j ... of expert ``e``, float32 [D / J, 1, P, F]."""
-        E, P, D, F = self.w.shape
-        w, at = narrow.bytes_at(self.w, e)
+        E, P, D, F = self.sizes
+        w, at = narrow.bits_at(self.w, e)
         if w is not self.w:
-            # The view of a float8 array as bytes fuses with one slice, not with J of them.
+            # The view of an array as integers fuses with one slice, not with J of them.
             w, at, E = lax.dynamic_slice_in_dim(w, at, 1), jnp.zeros_like(at), 1
         w = w.reshape(E, P, D // J, J, F)
         for j in range(J):
             strip = lax.dynamic_slice(w, (at, 0, 0, j, 0), (1, P, D // J, 1, F))[0]
-            strip = narrow.from_bytes(strip, self.w.dtype).astype(jnp.float32)
+            strip = narrow.from_bits(strip, self.w.dtype).astype(jnp.float32)
             yield strip.transpose(1, 2, 0, 3)
 
     def matrices(self, e, dtype) -> list[jax.Array]:
         """Expert ``e`` as P plain [D, F] matrices: the product with the scale rounded once."""
-        w, e = narrow.bytes_at(self.w, e)
-        P = w.shape[1]
-        w = w.reshape(-1, *w.shape[2:])
+        w, e = narrow.bits_at(self.w, e)
+        _, P, D, F = self.sizes
+        w = w.reshape(-1, D, F)
         each = [lax.dynamic_index_in_dim(w, e * P + p, keepdims=False) for p in range(P)]
-        each = [narrow.from_bytes(matrix, self.w.dtype) for matrix in each]
+        each = [narrow.from_bits(matrix, self.w.dtype) for matrix in each]
         if self.scale is not None:
             scales = self.scales(e, 1)
             each = [m.astype(jnp.float32) * s for m, s in zip(each, scales, strict=True)]
