@@ -2,11 +2,12 @@
 
 Knows the dump's files (``--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true``) and cycles; knows no
 kernel. A bundle is what a core issues in one cycle; how often a loop's bundles run is not in the
-schedule, so the kernel's author says it, loop by loop.
+schedule, so the kernel's author says it, loop by loop. The author knows nothing of the compiler's
+own loops: what XLA keeps in VMEM already is copied from there by loads and stores. Their few
+bundles count as part of what is around them, as one pass.
 """
 
 import dataclasses
-import itertools
 import pathlib
 import re
 from collections.abc import Sequence
@@ -14,7 +15,10 @@ from collections.abc import Sequence
 from jax.experimental.pallas import tpu as pltpu
 
 # "0x12f LB: >>> { … }": address, control target (LB: a loop's body), loop depth, instructions.
-_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s*([A-Z]{2})?\s*:\s*(>*)\s*\{(\})?")
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s*([A-Z]{2})?\s*:\s*(>*)\s*\{(\})?(.*)")
+_COMMENT = re.compile(r"/\*.*?\*/")
+# Names of instructions on vectors, of copies and of reads of scalars: no register, no address.
+_WORK = re.compile(r"(?<![%\w\[.])(?:v\w+|dma|sld)\b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +51,15 @@ class Schedule:
     def cycles(self, trips: Sequence[float]) -> float:
         """Cycles when the loops of the nest run ``trips[0]``, ``trips[0] * trips[1]`` … times.
 
-        What is outside of the nest counts once, and what is under a condition as taken. Loops
-        below those that ``trips`` tells of are the compiler's own (v7x moves rows that XLA keeps
-        in VMEM by loads and stores, one granule in a pass): they count as one pass.
+        What is outside of the nest counts once, and what is under a condition as taken.
 
         Raises:
-            ValueError: there are more trips than loops.
+            ValueError: the nest is not as deep.
         """
-        if len(trips) > len(self.nest):
+        if len(trips) != len(self.nest):
             raise ValueError(f"{len(trips)} trips {trips} for a nest of {len(self.nest)} loops")
         cycles, times = self.total - sum(self.nest), 1.0
-        for bundles, trip in itertools.zip_longest(self.nest, trips, fillvalue=1.0):
+        for bundles, trip in zip(self.nest, trips, strict=True):
             times *= trip
             cycles += bundles * times
         return cycles
@@ -80,14 +82,9 @@ def read(directory: pathlib.Path, kernel: str) -> Schedule:
 
 def parse(bundles: str, utilization: str) -> Schedule:
     """A schedule from the texts of its bundles and of their table of used slots."""
-    depths, bodies = [], []
-    for found in filter(None, map(_BUNDLE.match, bundles.splitlines())):
-        target, depth, empty = found.groups()
-        # An empty bundle at the edge of a region shows no depth: it belongs where it stands.
-        depths.append(depths[-1] if depths and empty and not depth else len(depth))
-        bodies.append(target == "LB")
+    placed = _placed(bundles)
     nests, nest = [], []
-    for each in [*zip(depths, bodies, strict=True), (0, False)]:
+    for each in [*placed, (0, False)]:
         if each[0]:
             nest.append(each)
         elif nest:
@@ -98,12 +95,31 @@ def parse(bundles: str, utilization: str) -> Schedule:
     deepest = nests[deep.index(most)] if most else []
     levels = range(1, most + 1)
     return Schedule(
-        total=len(depths),
+        total=len(placed),
         nest=tuple(sum(depth == level for depth, _ in deepest) for level in levels),
         loops=tuple(deepest.count((level, True)) for level in levels),
         rivals=max(0, deep.count(most) - 1),
         spills=_spills(utilization),
     )
+
+
+def _placed(text: str) -> list[tuple[int, bool]]:
+    """Of each bundle its depth, and whether it begins a loop's body; moves are no loops."""
+    depths, bodies, works = [], [], []
+    for found in filter(None, map(_BUNDLE.match, text.splitlines())):
+        target, depth, empty, rest = found.groups()
+        # An empty bundle at the edge of a region shows no depth: it belongs where it stands.
+        depths.append(depths[-1] if depths and empty and not depth else len(depth))
+        bodies.append(target == "LB")
+        works.append(set(_WORK.findall(_COMMENT.sub("", rest))))
+    placed = list(zip(depths, bodies, strict=True))
+    for begin in (i for i, body in enumerate(bodies) if body):
+        depth, end = depths[begin], begin + 1
+        while end < len(depths) and depths[end] >= depth and placed[end] != (depth, True):
+            end += 1
+        if set().union(*works[begin:end]) == {"vld", "vst"}:
+            placed[begin:end] = [(depth - 1, False)] * (end - begin)
+    return placed
 
 
 def _spills(utilization: str) -> int:

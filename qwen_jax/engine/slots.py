@@ -68,7 +68,9 @@ class Slots:
 
     def features(self, rows: list[Row]) -> sampling.Features:
         """The kind of program that does for all of these rows."""
-        return FULL if any(self._features[r.slot] is FULL for r in rows) else PLAIN  # type: ignore
+        # A row that runs has a slot.
+        full = any(self._features[row.slot] is FULL for row in rows)  # type: ignore[index]
+        return FULL if full else PLAIN
 
     def masks(
         self, rows: Sequence[Row | None], size: int, given: Mapping[Row, np.ndarray]
