@@ -57,6 +57,7 @@ class Kernel:
         config: its tiles, unless a test has others.
         here: the context of the chip; it fails the test if there was a race.
         experts, inner, outer: E, D and F.
+        reads: what it makes of the rows before it multiplies them.
     """
 
     fn: Callable[..., jax.Array]
@@ -65,6 +66,7 @@ class Kernel:
     experts: int
     inner: int
     outer: int
+    reads: Callable[[np.ndarray], np.ndarray] = oracles.exact
 
     def weights(self, form, *, pair=True, E=None, **more):
         """`weights` of E experts of the kernel's sizes."""
@@ -83,7 +85,8 @@ class Kernel:
         x = self.rows(M, "float32" if form == "float32" else "bfloat16")
         plain = w if blocks is None else oracles.dequantize(w, scale, blocks)
         activation = "swiglu" if pair else None
-        want = oracles.ragged_dot(x, plain, sizes, first_expert=first, activation=activation)
+        read = self.reads(x)
+        want = oracles.ragged_dot(read, plain, sizes, first_expert=first, activation=activation)
         owner = np.repeat(np.arange(len(sizes)), sizes)
         unread = np.ones(M, bool)
         unread[: len(owner)] = (owner < first) | (owner >= first + len(w))

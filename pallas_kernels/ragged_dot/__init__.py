@@ -1,7 +1,8 @@
 """Routed expert products: each row times the matrix of its own expert, SwiGLU fused if wanted.
 
 Knows rows sorted by expert, group sizes and quantisation scales; knows no router, no mesh and no
-layer. Implementations: `tpu` and `gpu` (Mosaic) and `xla`. This module checks what all rely on.
+layer. Implementations: `tpu` and `gpu` (Mosaic), `xla`, and `tpu_w8a8`, which rounds rows to int8.
+This module checks what all rely on.
 """
 
 import math
@@ -17,6 +18,8 @@ from pallas_kernels.ragged_dot.facts import Facts as Facts
 registry.register(tpu.IMPL)
 registry.register(gpu.IMPL)
 registry.register(xla.IMPL)
+# Behind the one that runs everywhere, where "auto" never comes: it rounds, so it is asked for.
+registry.register(tpu.W8A8)
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "int8")
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels import registry
 from pallas_kernels.device import Device, tpu_info
 from pallas_kernels.program import Program, Refused, Tunable
 from pallas_kernels.ragged_dot import gpu, gpu_config, ragged_dot, tpu, tpu_config
@@ -50,7 +51,8 @@ PUBLISHED = {
     "235B-A22B": ("ep4", "ep8", "ep16", "tp4", "ep8tp4"),
     "480B-A35B": ("ep8", "ep16", "tp8", "ep8tp4"),
 }
-FORMS = ("bf16", "fp8", "int8")
+# Of the weights; in "w8a8" the rows are rounded to 8 bits, too, which is for prefill.
+FORMS = ("bf16", "fp8", "int8", "w8a8")
 KERNELS = {"tpu": tpu, "gpu": gpu}
 CONFIGS = {"tpu": tpu_config, "gpu": gpu_config}
 
@@ -80,7 +82,7 @@ class Case:
     def facts(self, form: str) -> Facts:
         """As one device would be told; weights in one of `FORMS`, bfloat16 rows.
 
-        "fp8" has the published checkpoints' blocks of 128x128, "int8" one scale per channel.
+        "fp8" has the published checkpoints' blocks of 128x128, the int8 ones a scale per channel.
         """
         own = Facts(
             self.experts,
@@ -88,7 +90,7 @@ class Case:
             self.outer,
             self.activation,
             x_dtype="bfloat16",
-            w_dtype={"bf16": "bfloat16", "fp8": "float8_e4m3fn", "int8": "int8"}[form],
+            w_dtype={"bf16": "bfloat16", "fp8": "float8_e4m3fn"}.get(form, "int8"),
             out_dtype="bfloat16" if self.activation else "float32",
         )
         if form == "bf16":
@@ -132,14 +134,19 @@ def refused(device: Device) -> Iterator[Refused]:
 
 def _calls(device: Device) -> Iterator[tuple[Case, str, str | None]]:
     """Every case in every form, and why the device's kernel does not take it."""
-    if device.platform not in KERNELS:
-        return
-    supports = KERNELS[device.platform].supports
     for model, shards in PUBLISHED.items():
-        for shard in shards:
-            for case in cases(model, shard):
-                for form in FORMS:
-                    yield case, form, supports(device, case.facts(form))
+        for case in (case for shard in shards for case in cases(model, shard)):
+            for form in FORMS:
+                impl = _impl(form, device)
+                if impl is not None and (form != "w8a8" or "/prefill-" in case.name):
+                    yield case, form, impl.supports(device, case.facts(form))
+
+
+def _impl(form: str, device: Device) -> registry.Impl | None:
+    """What a form runs by on a device."""
+    if form == "w8a8":
+        return tpu.W8A8 if device.platform == "tpu" else None
+    return KERNELS[device.platform].IMPL if device.platform in KERNELS else None
 
 
 def _name(case: Case, form: str) -> str:
@@ -147,7 +154,8 @@ def _name(case: Case, form: str) -> str:
 
 
 def _program(case: Case, form: str, device: Device) -> Program:
-    facts = case.facts(form)
+    facts, impl = case.facts(form), _impl(form, device)
+    assert impl is not None
     spec = jax.ShapeDtypeStruct
     scale = None if facts.scale_shape is None else spec(facts.scale_shape, facts.scale_dtype)
     args = (
@@ -171,15 +179,16 @@ def _program(case: Case, form: str, device: Device) -> Program:
         baselines |= _libraries()
     return Program(
         _name(case, form),
-        lambda x, w, sizes, scale: call(x, w, sizes, scale=scale, impl=device.platform),
+        lambda x, w, sizes, scale: call(x, w, sizes, scale=scale, impl=impl.name),
         args,
         make=functools.partial(_make, case, args),
         moved=weights + own * case.inner * 2 + written,
-        flops=2 * own * math.prod(facts.w_shape[1:]),
+        # Every chip that multiplies int8 does two such products in the time of one in bfloat16.
+        flops=(1 if form == "w8a8" else 2) * own * math.prod(facts.w_shape[1:]),
         copied=weights + read * case.inner * 2 + written,
         trips=trips,
         baselines=baselines,
-        tunable=_tunable(case, facts, device),
+        tunable=_tunable(case, facts, device) if form != "w8a8" else None,
     )
 
 

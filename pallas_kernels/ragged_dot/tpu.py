@@ -19,6 +19,11 @@ Quantised weights are multiplied as they are stored, float8 by the matrix unit i
 partial sum over a block of rows is scaled in float32: what XLA's form for few rows does, and exact,
 where dequantising first would round every weight to bfloat16. The price is paid in prefill on v6e
 and v7x, whose matrix units are 256 deep and half idle with blocks of 128.
+
+`tpu_w8a8` is the same walk for int8 weights, and rounds each row to int8 as it arrives: v5e, v5p
+and v6e multiply int8 by int8 at twice the rate of bfloat16, which shortens prefill. It is another
+result, off by up to 1/254 of a row's largest number in each of its numbers, whatever else is in the
+batch: so it must be asked for by name, and is what it is in decode, too.
 """
 
 import functools
@@ -64,6 +69,18 @@ def supports(device: Device, facts: Facts) -> str | None:
     return _blocks_reason(facts) or _memory_reason(facts, info)
 
 
+def supports_w8a8(device: Device, facts: Facts) -> str | None:
+    """Why the kernel cannot multiply rounded rows on this device, or None."""
+    reason = supports(device, facts)
+    if reason is not None:
+        return reason
+    if facts.w_dtype != "int8":
+        return f"weights are {facts.w_dtype}; it takes int8 (quantization='int8')"
+    if not tpu_info(device.kind).int8_ops_per_second:
+        return f"{device.kind} has no matrix unit for int8; v5e, v5p and v6e have"
+    return None
+
+
 def _blocks_reason(facts: Facts) -> str | None:
     if facts.w_dtype in NARROW and facts.blocks is None:
         return f"weights are {facts.w_dtype} without scales"
@@ -98,8 +115,14 @@ def ragged_dot(
     first_expert,
     out_dtype,
     config: Config | None = None,
+    round_rows: bool = False,
 ):
-    """`pallas_kernels.ragged_dot`, on checked arguments; ``config`` overrides the tile sizes."""
+    """`pallas_kernels.ragged_dot`, on checked arguments.
+
+    Args:
+        config: overrides the tile sizes.
+        round_rows: what `tpu_w8a8` does.
+    """
     device = Device.current()
     facts = Facts.of(x_MD, w, scale, blocks, activation, out_dtype)
     M, total = x_MD.shape[0], group_sizes.shape[0]
@@ -111,21 +134,21 @@ def ragged_dot(
     if activation is None:
         w, scale = w[:, None], None if scale is None else scale[:, None]
     x = x_MD.reshape(-1, GRANULE, facts.inner)
-    out = _call(facts, config, x.shape[0], tpu_info(device.kind))(
+    out = _call(facts, config, x.shape[0], tpu_info(device.kind), round_rows)(
         groups.count, groups.expert_E, groups.start_E, groups.end_E, x, w, scale
     )
     return out.reshape(-1, facts.outer)[:M]
 
 
-def _call(facts: Facts, config: Config, granules: int, info: pltpu.TpuInfo):
+def _call(facts: Facts, config: Config, granules: int, info: pltpu.TpuInfo, round_rows: bool):
     cores = tpu_config.cores(facts, info)
     blocks = None
     if facts.blocks is not None:
         blocks = (min(facts.blocks[-2], facts.inner), facts.blocks[-1])
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
-        functools.partial(kernel, blocks=blocks),
-        name=f"ragged_dot_{facts.w_dtype}",
+        functools.partial(kernel, blocks=blocks, round_rows=round_rows),
+        name=f"ragged_dot_{facts.w_dtype}{'_w8a8' if round_rows else ''}",
         out_shape=jax.ShapeDtypeStruct((granules, GRANULE, facts.outer), facts.out_dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
@@ -188,3 +211,10 @@ def _cost(facts: Facts, rows: int) -> pl.CostEstimate:
 
 
 IMPL = registry.Impl("ragged_dot", "tpu", "tpu", supports, ragged_dot)
+W8A8 = registry.Impl(
+    "ragged_dot",
+    "tpu_w8a8",
+    "tpu",
+    supports_w8a8,
+    functools.partial(ragged_dot, round_rows=True),
+)

@@ -78,20 +78,22 @@ class Refs:
     written: Any
 
 
-def kernel(*refs, blocks: tuple[int, int] | None) -> None:
+def kernel(*refs, blocks: tuple[int, int] | None, round_rows: bool) -> None:
     """Does the share of columns that belongs to this core.
 
     Args:
         refs: in the order of `Refs`.
         blocks: rows and columns of a matrix that share a scale.
+        round_rows: as `tpu_product.product` takes it.
     """
-    _Core(Refs(*refs), blocks).run()
+    _Core(Refs(*refs), blocks, round_rows).run()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Core:
     r: Refs
     blocks: tuple[int, int] | None
+    round_rows: bool
 
     @property
     def columns(self) -> int:
@@ -236,6 +238,7 @@ class _Core:
                     None if self.blocks is None else r.scale_buf.at[lax.rem(a, 2)],
                     blocks=self.blocks,
                     column=self.column(n),
+                    round_rows=self.round_rows,
                 )
                 last = t + 1 == row_tiles
                 self.write(y, a, n, t, lax.rem(written, 2), takes & (t == 0), gives & last)
