@@ -4,7 +4,8 @@ Knows process numbers and stderr. JAX's own heartbeats end a job after 100 s, an
 process 0 is lost, which keeps the job together; its words do not say much. So there are two
 watchers: a thread, which looks at the sign of life that each process gives every second, and a
 child process without JAX, whose only work is to say what happened if this one ends without a word.
-The thread counts looks and not seconds, so that a machine that was asleep has lost nobody.
+The thread counts looks and not seconds, so that a machine that was asleep has lost nobody. Who is
+done goes on looking until all are: JAX leaves a job together, and would wait for a lost one.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 
 import jax
 
@@ -22,7 +24,7 @@ BEAT_SECONDS = 1.0
 SILENT_BEATS = 15  # after so many a process is lost: its thread may be held up for some
 _FAREWELL = 3 * BEAT_SECONDS  # in which the others read why a process ends
 LOST = 1  # exit status
-_DONE, _FAILED = "done", "failed: "
+_DONE, _FAILED = "done ", "failed: "
 _SIGN = "alive"
 # Reads lines; the last one is what to say when the process that writes them is gone.
 _LAST_WORDS = """
@@ -65,6 +67,7 @@ class Watch(threading.Thread):
         self._client = distributed.client()
         self._ended = threading.Event()
         self._seen: dict[int, tuple[str, int]] = {}
+        self._work = ""  # _DONE, once there is none left
         self._sign("0")
 
     def run(self) -> None:
@@ -72,39 +75,45 @@ class Watch(threading.Thread):
         while not self._ended.wait(BEAT_SECONDS):
             beat += 1
             try:
-                self._sign(str(beat))
+                self._sign(f"{self._work}{beat}")
                 signs = self._client.key_value_dir_get(distributed.key(_SIGN))
             except jax.errors.JaxRuntimeError:
                 return  # process 0 does not answer: JAX ends this one, and the child says why
-            for key, sign in signs:
-                self._look(int(key.rpartition("/")[2]), sign)
+            if self._see({int(key.rpartition("/")[2]): sign for key, sign in signs}):
+                self._last_words.tell("")
+                return
 
     def done(self) -> None:
-        """This process has nothing more to do; it may wait for the others."""
-        self._end(_DONE)
+        """This process has nothing more to do; returns when all have said so."""
+        self._work = _DONE
+        self.join()
 
     def failed(self, why: str) -> None:
         """This process ends with an error, and the others must too."""
-        self._end(_FAILED + why)
+        self._ended.set()
+        self.join()
+        self._sign(_FAILED + why)
+        self._last_words.tell("")
         time.sleep(_FAREWELL)
 
     def wait_for_news(self) -> None:
         """Gives the loss of another process time to be noticed: it may be why a step failed."""
         self.join((SILENT_BEATS + 2) * BEAT_SECONDS)
 
-    def _end(self, sign: str) -> None:
-        self._ended.set()
-        self.join()
-        self._sign(sign)
-        self._last_words.tell("")
-
     def _sign(self, text: str) -> None:
         place = distributed.key(f"{_SIGN}/{distributed.index()}")
         self._client.key_value_set(place, text, allow_overwrite=True)
 
+    def _see(self, signs: Mapping[int, str]) -> bool:
+        """Whether all processes are done; gives up if one of them is lost or has failed."""
+        if len(signs) == distributed.count() and all(x.startswith(_DONE) for x in signs.values()):
+            return True
+        for process, sign in signs.items():
+            if process != distributed.index():
+                self._look(process, sign)
+        return False
+
     def _look(self, process: int, sign: str) -> None:
-        if process == distributed.index() or sign == _DONE:
-            return
         if sign.startswith(_FAILED):
             self._give_up(f"process {process} has failed: {sign.removeprefix(_FAILED)}")
         before, silent = self._seen.get(process, ("", 0))

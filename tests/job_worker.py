@@ -84,13 +84,16 @@ def _bytes_of_orbax() -> int:
     return int(found[0]["values"][0]["value"]) if found else 0
 
 
-def wait_to_be_lost(_: str) -> dict:
-    """Lives until another process does not."""
+def wait_to_be_lost(first: str) -> dict:
+    """Lives until another process does not; process 0 has no more work if ``first`` says so."""
     with mock.patch.object(watch, "SILENT_BEATS", 3):
         words = watch.LastWords()
         words.tell(f"process {distributed.index()} has lost process 0")
-        watch.Watch(f"process {distributed.index()} of 2", words).start()
+        watching = watch.Watch(f"process {distributed.index()} of 2", words)
+        watching.start()
         print("ready", file=sys.stderr, flush=True)
+        if first == "done" and distributed.index() == 0:
+            watching.done()
         time.sleep(60)
     return {}
 

@@ -156,10 +156,11 @@ def given_up(service, monkeypatch, capsys):
     with as_process(0):
         found = watch.Watch("process 0 of 2", words)
 
-        def look(*signs):
+        def look(*signs, own="1"):
             for sign in signs:
                 try:
-                    found._look(1, sign)
+                    if found._see({0: own, 1: sign}):
+                        return "all are done"
                 except SystemExit:
                     ended.assert_called_once_with(watch.LOST)
                     words.tell.assert_called_once_with("")
@@ -176,8 +177,15 @@ def test_a_process_is_lost_after_many_equal_signs(given_up):
     assert said == "process 0 of 2 ends: process 1 was lost: no sign of it for 15 s\n"
 
 
-def test_a_process_that_is_done_is_not_lost(given_up):
-    assert given_up(*["done"] * 100) is None
+def test_a_process_that_is_done_is_not_lost_while_it_gives_signs(given_up):
+    assert given_up(*(f"done {beat}" for beat in range(100))) is None
+    assert "process 1 was lost" in given_up(*["done 100"] * 20)
+
+
+def test_a_process_leaves_when_all_are_done(given_up):
+    assert given_up("5", own="done 7") is None
+    assert given_up("done 6", own="7") is None
+    assert given_up("done 6", own="done 8") == "all are done"
 
 
 def test_a_process_that_has_failed_ends_the_others_at_once(given_up):

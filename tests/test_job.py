@@ -89,14 +89,15 @@ def test_process_0_alone_reads_stdin_and_writes():
 
 
 @pytest.mark.parametrize(
-    ("victim", "message"),
+    ("victim", "first", "message"),
     [
-        (1, "process 0 of 2 ends: process 1 was lost: no sign of it for 3 s\n"),
-        (0, "process 1 has lost process 0\n"),
+        (1, "works", "process 0 of 2 ends: process 1 was lost: no sign of it for 3 s\n"),
+        (1, "done", "process 0 of 2 ends: process 1 was lost: no sign of it for 3 s\n"),
+        (0, "works", "process 1 has lost process 0\n"),
     ],
 )
-def test_a_lost_process_ends_the_other_with_a_word(victim, message):
-    with job(*WORKER, "wait=") as started:
+def test_a_lost_process_ends_the_other_with_a_word(victim, first, message):
+    with job(*WORKER, f"wait={first}") as started:
         for one in started:
             assert any(line == "ready\n" for line in one.stderr)
         began = time.monotonic()

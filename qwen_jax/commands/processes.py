@@ -79,12 +79,12 @@ def leave(status: int, why: str) -> None:
     """
     if _watch is None:
         return
+    sys.stdout.flush()
+    sys.stderr.flush()
     if status == 0:
         _watch.done()
         return
     _watch.failed(why)
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(status)
 
 
