@@ -36,7 +36,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mesh", default="expert=4")
     parser.add_argument("--strategy", default="auto")
     parser.add_argument("--dispatch", default="auto", help="how tokens meet their experts")
-    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--kernels", default="auto", help='e.g. "ragged_dot=tpu_w8a8"')
+    parser.add_argument("--quantization", help="as on load: fp8 or int8")
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--layers", type=int, help="keep the first ones only")
@@ -48,12 +49,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def report(args: argparse.Namespace) -> dict:
     """What the compiled step of ``args`` holds."""
     from pallas_kernels.device import Device
+    from qwen_jax.commands import options
     from qwen_jax.planner.compiled import compile_step, topology_devices
     from qwen_jax.planner.temporary import step_bytes
     from qwen_jax.runtime import Runtime
     from qwen_jax.weights import presets
+    from qwen_jax.weights.requantize import requantized
 
-    config = presets.preset(args.model)
+    config = requantized(presets.preset(args.model), args.quantization)
     if args.layers:
         text = dataclasses.replace(config.text, num_hidden_layers=args.layers)
         config = dataclasses.replace(config, text=text)
@@ -61,7 +64,7 @@ def report(args: argparse.Namespace) -> dict:
         mesh=args.mesh,
         strategy=args.strategy,
         dispatch=args.dispatch,
-        kernels=args.kernels,
+        kernels=options.kernels(args.kernels),
         kv_cache_dtype=args.kv_cache_dtype,
         page_size=args.page_size,
         devices=topology_devices(compile_kernels.TOPOLOGIES.get(args.device, args.device)),
@@ -70,13 +73,13 @@ def report(args: argparse.Namespace) -> dict:
     width = -(-args.context // runtime.page_size)
     sizes = {"tokens": args.rows, "rows": args.rows}
     program = compile_step(config, runtime, **sizes, pages=args.rows * width, table_width=width)
-    wanted = [op for op, impl in runtime.kernels if impl == "tpu" and op != "segment_attention"]
+    ours = [op for op, impl in runtime.kernels if impl != "xla" and op != "segment_attention"]
     device = Device.of(runtime.mesh.devices.flat[0])
     planned = step_bytes(config, runtime, device, dict(runtime.kernels), **sizes)
     return {
         "kernels": dict(runtime.kernels),
         "calls": program.calls,
-        "missing": [op for op in wanted if not any(c.startswith(op) for c in program.calls)],
+        "missing": [op for op in ours if not any(c.startswith(op) for c in program.calls)],
         "copies": program.copies,
         "ragged_exchanges": sum(
             count for (op, _), count in program.collectives.items() if op == "ragged-all-to-all"

@@ -138,7 +138,7 @@ def _vmem(device: Device) -> tuple[int, int]:
 
 def _asked(config, runtime: Runtime, device: Device, kernels, tokens: int) -> dict[int, int]:
     """Bytes of VMEM that the kernels of `_sparse` ask for."""
-    if kernels.get("ragged_dot") != "tpu":
+    if kernels.get("ragged_dot") not in (tpu.IMPL.name, tpu.W8A8.name):
         return {}
     info, found = tpu_info(device.kind), {}
     rows, experts = tokens * config.text.num_experts_per_tok, config.text.num_experts
