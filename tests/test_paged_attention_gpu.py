@@ -11,6 +11,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import paged_batches as batches
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -105,6 +106,25 @@ def test_slots_are_filled_again_and_again(cache, monkeypatch):
     monkeypatch.setattr(hopper, "info", lambda kind: alone)
     page = CACHES[cache].page
     check(make([1, 3], [700, 600], CACHES[cache], T=12, width=-(-700 // page)))
+
+
+@interpreted
+def test_nothing_behind_the_page_table_is_read():
+    # The last row ends with the table, and a block takes twice as many pages.
+    check(
+        make([1] * batches.ROWS, [32] * batches.ROWS, Wide(N=8, cache="bfloat16", page=16), width=2)
+    )
+
+
+@interpreted
+def test_the_parts_of_a_row_are_more_exact_than_its_result():
+    # Queries of 0 make all weights 1: a mean, of which only the rounding is left to be seen.
+    batch = make([1], [200], CACHES["bfloat16, ratio 8, page 16"], width=13)
+    batch.q[:1] = 0
+    got = check(batch)
+    values = got.pages[batch.page_table[0]].reshape(-1, 2, 128)[:200, 1]
+    mean = oracles.round_to(oracles.exact(values).mean(0), "bfloat16")
+    assert np.mean(np.asarray(got.out_TNH)[0] == mean) > 0.98
 
 
 @interpreted
