@@ -4,6 +4,7 @@ What it must not read is NaN, and tiles, rings and blocks are few and small, so 
 is crossed: several row tiles and column tiles per expert, stages used again, blocks without items.
 """
 
+import dataclasses
 import functools
 import re
 
@@ -55,6 +56,12 @@ def test_every_form_of_weights(form, pair):
 @interpreted
 def test_float8_weights_and_their_scales_lose_nothing():
     check("fp8", ROUTINGS["several in one tile"], 20, scale_dtype="float32")
+
+
+@interpreted
+@pytest.mark.parametrize("pair", [True, False])
+def test_every_block_of_columns_has_its_own_scale(pair):
+    dataclasses.replace(KERNEL, outer=256).check("fp8", [3, 2, 0, 1, 1], 8, pair=pair)
 
 
 @interpreted
