@@ -92,8 +92,10 @@ def test_the_candidates_of_real_programs_fit_and_start_with_the_rule(kind):
     dots = [p for p in dot_cases.programs(device) if "/ep8/" in p.name]
     assert len(dots) > 100
     for each in dots:
-        assert each.tunable is not None
-        assert len(each.tunable.tiles) >= 2
+        if each.name.endswith("/w8a8"):
+            assert each.tunable is None, "it takes what was measured for int8"
+        else:
+            assert len(each.tunable.tiles) >= 2
     case = next(iter(dot_cases.cases("30B-A3B", "ep8")))
     facts = case.facts("fp8")
     found = tpu_config.candidates(facts, case.rows, case.total, device)
