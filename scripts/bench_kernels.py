@@ -87,8 +87,7 @@ def estimate(program, dump: pathlib.Path, kind: str) -> dict:
     clock, bandwidth = tpu_schedule.clock(info), info.mem_bw_bytes_per_second * info.num_cores
     rate = info.bf16_ops_per_second * info.num_cores
     copies, compute = program.copied / bandwidth, schedule.cycles(program.trips) / clock
-    loops = len(program.trips)
-    alone = schedule.total - sum(schedule.nest[: loops - 1])
+    alone = schedule.total - sum(schedule.nest[:-1])
     return {
         "name": program.name,
         "bound": max(program.moved / bandwidth, program.flops / rate),

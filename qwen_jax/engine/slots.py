@@ -61,7 +61,7 @@ class Slots:
         self.changed = True
 
     def table(self) -> Rows:
-        """All slots; a copy, since the device may read NumPy arrays late."""
+        """All slots, as NumPy arrays for jit; a copy, since the device may read them late."""
         self.changed = False
         rows = Rows(self._sampling, self._max_tokens, self._rope_delta)  # type: ignore[arg-type]
         return jax.tree.map(np.copy, rows)
@@ -118,7 +118,7 @@ def settings(row: Row) -> sampling.RowSettings:
 
 
 def _widened(rows: sampling.RowSampling, stop_ids: int, biases: int) -> sampling.RowSampling:
-    """The same with places for at least so many ids."""
+    """The same with places for at least so many ids; NumPy arrays, as all of a slot are."""
 
     def pad(x, width: int, fill: float) -> np.ndarray:
         return np.pad(x, ((0, 0), (0, max(width - x.shape[1], 0))), constant_values=fill)
